@@ -1,0 +1,76 @@
+"""The tree of errors that mean "the user can mend this".
+
+CpbenchError                  no traceback, exit code 2
++-- UsageError                a flag or argument is wrong
+|   +-- UnknownName           a method, model, scenario, machine or key that does not exist
++-- ScenarioError             a scenario file is malformed
++-- RunFolderError            a run folder cannot be written, is locked, or holds another run
++-- RecordError               a record file cannot be read
+|   +-- RecordTooNew          it was written by a newer cpbench
++-- Unsupported               a method cannot run a case; becomes status `unsupported` in a sweep
++-- MethodUnavailable         a method's file cannot be loaded (missing package, broken plug-in)
+
+Every other exception is a defect of cpbench: it keeps its traceback and exits with 1.  Only `cli.py` prints
+and exits.  A message says what was wrong with the value, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CpbenchError(Exception):
+    """The user's problem: shown without a traceback, exit code 2."""
+
+
+class UsageError(CpbenchError):
+    """A flag or argument has a wrong value."""
+
+
+class UnknownName(UsageError):
+    """A name that is not in its collection; the message offers the nearest one.
+
+    Args:
+        kind: what the name should be, for example "method".
+        name: what was given.
+        known: every valid name.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = nearest(name, names)
+        hint = f"; did you mean {near!r}?" if near else ""
+        super().__init__(f"unknown {kind} {name!r}{hint} Known: {', '.join(names) or '(none)'}")
+
+
+class ScenarioError(CpbenchError):
+    """A scenario file is not valid TOML, has unknown keys or wrong values."""
+
+
+class RunFolderError(CpbenchError):
+    """A run folder cannot be created, written or locked."""
+
+
+class RecordError(CpbenchError):
+    """A record file is truncated, is not JSON, or does not follow the schema."""
+
+
+class RecordTooNew(RecordError):
+    """A record was written by a newer cpbench than this one."""
+
+
+class Unsupported(CpbenchError):
+    """A method cannot run a case; in a sweep this is a result, not a failure."""
+
+
+class MethodUnavailable(CpbenchError):
+    """A method exists but cannot be loaded, for example because an optional package is missing."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name closest to `name`, or None when none is close."""
+    matches = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
+    if not matches:
+        return None
+    return next(k for k in known if k.lower() == matches[0])

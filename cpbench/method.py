@@ -1,0 +1,104 @@
+"""The seam: what a context-parallel method is to the harness.
+
+A method replaces the *attention block*: it receives this rank's normalised hidden states and the attention weights
+and returns hidden states of the same shape, so a method is free to chunk the projections (as UPipe and FPDT do), to
+move the sequence over ranks, or to fuse the output projection.  A method is one file, `<name>.py`:
+
+    line 1 of the docstring     what `cpbench list methods` shows
+    class Options               a frozen dataclass whose fields are the method's options; it *is* the method
+    METHOD = Options            what the registry loads
+
+Legend of shapes everywhere: b batch, s full sequence, n = s / world_size, h query heads, k KV heads, e head_dim,
+d hidden_dim.  Tensors that hold heads are `[b, s, h, e]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from cpbench.case import Case
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cpbench.runtime.context import AttentionContext
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Which tokens a rank holds and how the ranks are arranged."""
+
+    ulysses_degree: int
+    """Ranks that exchange heads by all-to-all, C; consecutive ranks form a group."""
+    ring_degree: int
+    """Ranks that pass K/V around, R; ranks with the same position in their Ulysses group form a ring."""
+    segments: tuple[tuple[int, int], ...]
+    """Global positions [start, stop) of this rank's tokens, in local order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """Closed forms for one attention block on one rank; tests hold counted values against them.
+
+    Bytes of a collective are those the rank sends to others (see `cpbench.runtime.collectives`).
+    """
+
+    forward_collective_bytes: dict[str, int] = field(default_factory=dict)
+    """By kind, one forward pass of the block."""
+    backward_collective_bytes: dict[str, int] = field(default_factory=dict)
+    """By kind, one backward pass of the block, its own recomputation included."""
+    forward_peak_bytes: int
+    """Most the block holds in forward beyond x and y."""
+    backward_peak_bytes: int
+    """Most the block holds in backward beyond x, y's gradient and x's gradient; weight gradients included."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """The unsharded parameters of one attention block."""
+
+    wq: Tensor  # [h*e, d]
+    wk: Tensor  # [k*e, d]
+    wv: Tensor  # [k*e, d]
+    wo: Tensor  # [d, h*e]
+    q_norm: Tensor | None = None  # [e], only with ModelConfig.qk_norm
+    k_norm: Tensor | None = None  # [e]
+
+
+class Method(Protocol):
+    """What `METHOD(**options)` must be."""
+
+    def check(self, case: Case) -> None:
+        """Raise `Unsupported` when the method cannot run the case: the value, what is allowed, what to do."""
+
+    def layout(self, case: Case, rank: int) -> Layout:
+        """Return the degrees and the token ranges of `rank`; the ranges of all ranks cover [0, s) exactly once."""
+
+    def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
+        """Return the attention block's output, differentiable in x and in every weight.
+
+        Args:
+            x: normalised hidden states of this rank's tokens, `[b, n, d]`.
+            weights: the block's parameters, in the compute dtype.
+            ctx: groups, kernels and buffers; everything a method may touch besides its arguments.
+
+        Returns:
+            `[b, n, d]`.
+        """
+
+    def costs(self, case: Case) -> Costs:
+        """Return the closed-form costs of one block; the derivation is in the docstring."""
+
+
+def contiguous_segments(seq_len: int, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """Return one block of s / world_size tokens, in rank order."""
+    tokens = seq_len // world_size
+    return ((rank * tokens, (rank + 1) * tokens),)
+
+
+def zigzag_segments(seq_len: int, ring_degree: int, ring_rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return chunks r and 2R-1-r of 2R, so that every ring rank has the same causal work."""
+    chunk = seq_len // (2 * ring_degree)
+    late = 2 * ring_degree - 1 - ring_rank
+    return (ring_rank * chunk, (ring_rank + 1) * chunk), (late * chunk, (late + 1) * chunk)

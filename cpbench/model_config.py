@@ -1,0 +1,207 @@
+"""The shape of a Llama-style decoder: presets, Hugging Face `config.json`, parameter and FLOP counts.
+
+FLOP convention (used for TFLOP/s and MFU everywhere): *model* FLOPs of one training step, so recomputation is not
+counted; a matrix product of N parameters costs 2N per token forward and 4N backward; the embedding lookup costs
+nothing; causal attention counts half of the full square.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from cpbench.errors import UnknownName, UsageError
+
+
+class ModelConfig(BaseModel):
+    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, optional qk-norm, tied or untied embeddings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_dim: PositiveInt
+    """Width of the residual stream, d."""
+    num_layers: PositiveInt
+    """Number of decoder blocks, L."""
+    num_heads: PositiveInt
+    """Query heads, H."""
+    num_kv_heads: PositiveInt
+    """Key/value heads, Hkv; H must be a multiple of it."""
+    head_dim: PositiveInt
+    """Width of one head, e; attention width is H x e and need not equal hidden_dim."""
+    ffn_dim: PositiveInt
+    """Inner width of the SwiGLU MLP."""
+    vocab_size: PositiveInt
+    """Rows of the embedding and of the output head."""
+    rope_theta: float = Field(default=500_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    norm_eps: float = Field(default=1e-5, gt=0)
+    """Epsilon inside RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm over head_dim on queries and keys before RoPE (Qwen3)."""
+    tied_embeddings: bool = False
+    """The output head shares the embedding's weight."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
+                "every KV head must serve the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; RoPE rotates pairs, so it must be even")
+        return self
+
+    @property
+    def attention_dim(self) -> int:
+        """Width of all query heads together, H x e."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key heads together, Hkv x e."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def gqa_ratio(self) -> int:
+        """Query heads per KV head, g = H / Hkv."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def layer_matrix_params(self) -> int:
+        """Parameters of one block that take part in matrix products."""
+        attention = self.hidden_dim * (2 * self.attention_dim + 2 * self.kv_dim)
+        return attention + 3 * self.hidden_dim * self.ffn_dim
+
+    @property
+    def num_params(self) -> int:
+        """All parameters, embeddings and norms included."""
+        norms = 2 * self.hidden_dim + (2 * self.head_dim if self.qk_norm else 0)
+        tables = self.vocab_size * self.hidden_dim * (1 if self.tied_embeddings else 2)
+        return self.num_layers * (self.layer_matrix_params + norms) + self.hidden_dim + tables
+
+    def step_flops(self, seq_len: int, batch_size: int) -> float:
+        """Model FLOPs of one training step over all ranks (convention: see the module docstring).
+
+        Args:
+            seq_len: global sequence length S in tokens.
+            batch_size: sequences per step.
+
+        Returns:
+            6 x (L x layer matrices + head) x S x b  +  6 x L x S^2 x H x e x b.
+        """
+        tokens = seq_len * batch_size
+        matrices = self.num_layers * self.layer_matrix_params + self.vocab_size * self.hidden_dim
+        attention = 6.0 * self.num_layers * seq_len * seq_len * self.attention_dim * batch_size
+        return 6.0 * matrices * tokens + attention
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "llama3-8b": ModelConfig(
+        hidden_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=128256
+    ),
+    "llama3-70b": ModelConfig(
+        hidden_dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28672, vocab_size=128256
+    ),
+    "llama3.2-1b": ModelConfig(
+        hidden_dim=2048,
+        num_layers=16,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=64,
+        ffn_dim=8192,
+        vocab_size=128256,
+        tied_embeddings=True,
+    ),
+    "qwen3-8b": ModelConfig(
+        hidden_dim=4096,
+        num_layers=36,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=12288,
+        vocab_size=151936,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qk_norm=True,
+    ),
+    "qwen3-32b": ModelConfig(
+        hidden_dim=5120,
+        num_layers=64,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=25600,
+        vocab_size=151936,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        qk_norm=True,
+    ),
+    # Small, but with everything the large ones have: GQA 2:1, an FFN that is no power of two, an odd vocabulary.
+    "tiny": ModelConfig(
+        hidden_dim=256, num_layers=4, num_heads=8, num_kv_heads=4, head_dim=32, ffn_dim=688, vocab_size=1021
+    ),
+}
+"""Model presets by name; sources are the models' published `config.json` files."""
+
+_HF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def load_model(name: str) -> tuple[str, ModelConfig]:
+    """Return (name, config) for a preset, or for the path of a Hugging Face `config.json`.
+
+    Raises:
+        UnknownName: neither a preset nor an existing file.
+        UsageError: the file is not JSON, or describes an architecture outside the supported families.
+    """
+    if name in PRESETS:
+        return name, PRESETS[name]
+    path = Path(name)
+    if path.suffix == ".json" or path.exists():
+        path = path / "config.json" if path.is_dir() else path
+        return path.parent.name or path.stem, _from_hugging_face(path)
+    raise UnknownName("model", name, PRESETS)
+
+
+def _from_hugging_face(path: Path) -> ModelConfig:
+    """Map a Hugging Face decoder config to ours, refusing what the stack does not implement."""
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"model file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"model file {path} is not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise UsageError(f"model file {path} holds no JSON object")
+    family = raw.get("model_type")
+    if family not in _HF_FAMILIES:
+        raise UsageError(f"model file {path}: model_type {family!r} is not one of {', '.join(_HF_FAMILIES)}")
+    for key, harmless in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False)):
+        if raw.get(key, harmless) not in (harmless, None):
+            raise UsageError(f"model file {path}: {key}={raw[key]!r} is not supported; only {harmless!r} is")
+    if family == "qwen2":
+        raise UsageError(f"model file {path}: qwen2 adds a bias to q, k and v, which the stack does not have yet")
+    if family == "mistral" and raw.get("sliding_window") is not None:
+        raise UsageError(f"model file {path}: sliding_window={raw['sliding_window']!r} is not supported; only null is")
+    try:
+        heads = raw["num_attention_heads"]
+        return ModelConfig(
+            hidden_dim=raw["hidden_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            ffn_dim=raw["intermediate_size"],
+            vocab_size=raw["vocab_size"],
+            rope_theta=raw.get("rope_theta", 10_000.0),
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            qk_norm=family == "qwen3",
+            tied_embeddings=raw.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise UsageError(f"model file {path} lacks the key {error.args[0]!r}") from error
+    except (ValidationError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(f"model file {path} has a wrong value: {error}") from error
