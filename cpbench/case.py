@@ -20,7 +20,7 @@ from cpbench.units import format_length
 Mode = Literal["measure", "emulate", "estimate"]
 Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
-AttentionBackend = Literal["auto", "cpu-flash", "cuda-flash", "cudnn", "flash-attn-2", "flash-attn-3", "flash-attn-4"]
+AttentionBackend = Literal["auto", "cpu-flash", "cuda-flash", "cudnn"]
 OptionValue = bool | int | float | str
 
 

@@ -51,7 +51,7 @@ class Costs:
     forward_peak_bytes: int
     """Most the block holds in forward beyond x and y."""
     backward_peak_bytes: int
-    """Most the block holds in backward beyond x, y's gradient and x's gradient; weight gradients included."""
+    """Most the block holds in backward beyond x, y, their gradients and the weights' gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class Method(Protocol):
             ctx: groups, kernels and buffers; everything a method may touch besides its arguments.
 
         Returns:
-            `[b, n, d]`.
+            `[b, n, d]`; the harness may overwrite its storage, so a method must not need it in backward.
         """
 
     def costs(self, case: Case) -> Costs:
@@ -102,3 +102,23 @@ def zigzag_segments(seq_len: int, ring_degree: int, ring_rank: int) -> tuple[tup
     chunk = seq_len // (2 * ring_degree)
     late = 2 * ring_degree - 1 - ring_rank
     return (ring_rank * chunk, (ring_rank + 1) * chunk), (late * chunk, (late + 1) * chunk)
+
+
+def hybrid_segments(seq_len: int, ulysses_degree: int, ring_degree: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """Return the ranges of a rank on a Ulysses x ring mesh: zigzag over the ring, contiguous over the Ulysses group.
+
+    Rank w is ring rank w // C and Ulysses rank w % C.  After the all-to-all a ring rank then holds its early chunk
+    followed by its late chunk, in order, so causality holds (a zigzag over all W ranks would leak).
+    """
+    if ring_degree == 1:
+        return contiguous_segments(seq_len, ulysses_degree, rank)
+    tokens = seq_len // (ulysses_degree * ring_degree)
+    begin = (rank % ulysses_degree) * tokens
+    found: list[tuple[int, int]] = []
+    offset = 0  # of the chunk in what the ring rank holds after the all-to-all
+    for start, stop in zigzag_segments(seq_len, ring_degree, rank // ulysses_degree):
+        low, high = max(begin, offset), min(begin + tokens, offset + stop - start)
+        if low < high:
+            found.append((start + low - offset, start + high - offset))
+        offset += stop - start
+    return tuple(found)

@@ -1,0 +1,83 @@
+"""Reads the values of flags: lists with commas, counts, choices, `method.field=value`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+
+from cpbench.case import OptionValue
+from cpbench.errors import UnknownName, UsageError
+from cpbench.units import parse_length
+
+
+def split(values: Sequence[str] | None) -> list[str]:
+    """Return the items of a repeated flag whose values may be lists with commas."""
+    return [item.strip() for value in values or () for item in value.split(",") if item.strip()]
+
+
+def lengths(values: Sequence[str] | None) -> list[int]:
+    """Return sequence lengths in tokens.
+
+    Raises:
+        UsageError: one is not a positive length.
+    """
+    return [parse_length(item) for item in split(values)]
+
+
+def counts(flag: str, values: Sequence[str] | None) -> list[int]:
+    """Return positive integers.
+
+    Raises:
+        UsageError: one is not, naming `flag`.
+    """
+    found = []
+    for item in split(values):
+        if not item.isdecimal() or int(item) < 1:
+            raise UsageError(f"{flag} {item!r} is not a whole number from 1 up")
+        found.append(int(item))
+    return found
+
+
+def choice(flag: str, value: str | None, allowed: Iterable[str]) -> str | None:
+    """Return `value` if it is allowed or None.
+
+    Raises:
+        UnknownName: it is not, with the nearest allowed one.
+    """
+    known = list(allowed)
+    if value is not None and value not in known:
+        raise UnknownName(f"value of {flag}", value, known)
+    return value
+
+
+def option_sets(values: Sequence[str] | None) -> dict[str, dict[str, list[OptionValue]]]:
+    """Return method options by method and field; several values of a field are an axis of that method.
+
+    Args:
+        values: texts like `upipe.stage_heads=8` or `upipe.stage_heads=8,16`.
+
+    Raises:
+        UsageError: a text has another form.
+    """
+    found: dict[str, dict[str, list[OptionValue]]] = {}
+    for text in values or ():
+        target, equals, value = text.partition("=")
+        method, dot, field = target.strip().partition(".")
+        items = [item.strip() for item in value.split(",")]
+        if not (equals and dot and method and field and all(items)):
+            raise UsageError(
+                f"--option {text!r} is not of the form method.field=value, like upipe.stage_heads=8"
+            )
+        found.setdefault(method, {}).setdefault(field, []).extend(_value(item) for item in items)
+    return found
+
+
+def _value(text: str) -> OptionValue:
+    """A bool, int or float where it reads as one, else the text."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, int | float) else text

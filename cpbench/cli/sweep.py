@@ -1,0 +1,393 @@
+"""`cpbench sweep`: flags and scenario to a plan, the plan to records, the records to a summary."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from cpbench.case import STACKS, Device, Dtype, Mode
+from cpbench.cli import flags
+from cpbench.errors import UsageError
+from cpbench.expand import Plan, plan_sweep
+from cpbench.folders import scenario_folders
+from cpbench.launch import Nodes
+from cpbench.progress import headline, make_display
+from cpbench.run_folder import RunFolder, checked_name, default_name
+from cpbench.scenario import Scenario, build_scenario, load_scenario
+from cpbench.summary import print_cases, print_summary
+from cpbench.sweep import INCOMPLETE_EXIT, Sweep, SweepResult
+
+_MODES = ("auto", *get_args(Mode))
+_WHAT, _HOW, _WHERE = "What to run", "How to run it", "Where it goes"
+EXAMPLES = """
+[bold]Examples[/bold]
+
+cpbench sweep --scenario smoke
+
+cpbench sweep --method ring,ulysses,upipe --model tiny --seqlen 4K,8K --world 4 --device cpu --dtype float32
+
+cpbench sweep --method upipe --option upipe.stage_heads=8,16 --seqlen 128K --dry-run
+
+cpbench sweep --resume --name 20260101-120000-smoke
+
+Exit codes: 0 done, 2 wrong usage, 3 a case ended in error or timeout, 130/143 interrupted.
+"""
+
+
+def sweep(
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Scenario by name or TOML file; flags override it.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="M,...",
+            help="Methods, see `cpbench list methods`. Default: upipe.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="M,...",
+            help="Presets, see `cpbench list models`, or paths of Hugging Face config.json files. "
+            "Default: llama3-8b.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    seqlen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S,...",
+            help="Sequence lengths in tokens: 4096, 128K, 5M (K = 1024). Default: 128K.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    world: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="float32|bfloat16",
+            help="Compute dtypes; a list with commas is allowed. Default: bfloat16.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="plain|checkpoint|long",
+            help="What surrounds attention: nothing special; full checkpointing; checkpointing with inputs "
+            "offloaded and everything tiled. A list with commas is allowed. Default: long.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="METHOD.FIELD=VALUE",
+            help="Option of a method; several values with commas are one more axis.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Python file of a method outside the tree; repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODE",
+            help="auto, measure, emulate or estimate. auto measures if the visible GPUs suffice or the "
+            "device is cpu, else emulates one rank on one GPU, else estimates.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="cpu|cuda", help="cpu: ranks are processes on this machine.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            metavar="H", help="Machine profile of estimates. Default: h100-80g.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Timed steps. Default: 3.", rich_help_panel=_HOW)
+    ] = None,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Steps before the timed ones. Default: 2.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Seed of weights and tokens. Default: 0.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="End a case that takes longer. Default: 1800.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Machines; start the same command on each. Default: 1.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    node_rank: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="K", help="This machine's number; 0 writes the records.", rich_help_panel=_HOW
+        ),
+    ] = 0,
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where node 0 can be reached, with --nodes above 1.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Name of the run. Default: time and scenario.", rich_help_panel=_WHERE
+        ),
+    ] = None,
+    runs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
+    ] = Path("runs"),
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run --name: finished cases are kept, errors and timeouts run again. "
+            "Alone with --name it takes everything else from the run.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="List the cases, and why some are unsupported; run and write nothing.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print JSON on standard output; progress goes to standard error.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = False,
+) -> None:
+    """Run every case of a scenario, or of the flags, and keep a record of each."""
+    axes = {
+        "method": flags.split(method),
+        "model": flags.split(model),
+        "seq_len": flags.lengths(seqlen),
+        "world_size": flags.counts("--world", world),
+        "batch_size": flags.counts("--batch", batch),
+        "dtype": [str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split(dtype)],
+        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split(stack)],
+    }
+    run = {
+        "mode": flags.choice("--mode", mode, _MODES),
+        "device": flags.choice("--device", device, get_args(Device)),
+        "hardware": hardware,
+        "steps": steps,
+        "warmup": warmup,
+        "seed": seed,
+        "timeout_seconds": timeout,
+        "nodes": nodes,
+    }
+    request = _Request(
+        scenario=scenario,
+        axes={key: values for key, values in axes.items() if values},
+        run={key: value for key, value in run.items() if value is not None},
+        options=flags.option_sets(option),
+        plugins=tuple(plugin or ()),
+        name=name,
+        runs=runs,
+        resume=resume,
+        node_rank=node_rank,
+        endpoint=rdzv_endpoint,
+    )
+    raise typer.Exit(_dry_run(request, as_json) if dry_run else _sweep(request, as_json))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Request:
+    """The command line, checked flag by flag."""
+
+    scenario: str | None
+    axes: dict[str, Any]
+    run: dict[str, Any]
+    options: dict[str, Any]
+    plugins: tuple[Path, ...]
+    name: str | None
+    runs: Path
+    resume: bool
+    node_rank: int
+    endpoint: str | None
+
+    @property
+    def says_what(self) -> bool:
+        """Whether any flag describes cases, as opposed to naming a run to resume."""
+        shaping = {key for key in self.run if key != "timeout_seconds"}
+        return bool(self.scenario or self.axes or shaping or self.options or self.plugins)
+
+
+def _plan(request: _Request) -> tuple[Plan, Nodes]:
+    plugins = request.plugins
+    if request.resume and request.name is None:
+        raise UsageError("--resume needs --name RUN, the run to continue")
+    if request.resume and not request.says_what:
+        info = RunFolder(request.runs / checked_name(str(request.name))).read_info()
+        base, plugins = info.scenario, tuple(Path(path) for path in info.plugins)
+    elif request.scenario is not None:
+        base = load_scenario(request.scenario, folders=scenario_folders())
+    else:
+        base = Scenario()
+    scenario = _with_flags(base, request)
+    nodes = _nodes(scenario.run.nodes, request)
+    return plan_sweep(scenario, plugins=plugins), nodes
+
+
+def _with_flags(base: Scenario, request: _Request) -> Scenario:
+    raw = base.model_dump(exclude_none=True)
+    raw["sweep"] |= request.axes
+    raw["run"] |= request.run
+    for method, fields in request.options.items():
+        if method not in raw["sweep"]["method"]:
+            raise UsageError(
+                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods of this sweep "
+                f"({', '.join(raw['sweep']['method'])}); add --method {method}"
+            )
+        raw["options"][method] = raw["options"].get(method, {}) | fields
+    return build_scenario(raw)
+
+
+def _nodes(count: int, request: _Request) -> Nodes:
+    if request.node_rank >= count:
+        raise UsageError(f"--node-rank {request.node_rank} must be below --nodes {count}")
+    if count > 1 and request.endpoint is None:
+        raise UsageError(
+            f"--nodes {count} needs --rdzv-endpoint HOST:PORT, an address of node 0 all nodes can reach"
+        )
+    if count > 1 and request.name is None:
+        raise UsageError(f"--nodes {count} needs --name RUN, so that every node means the same run")
+    return Nodes(count=count, rank=request.node_rank, endpoint=request.endpoint)
+
+
+def _dry_run(request: _Request, as_json: bool) -> int:
+    plan, _ = _plan(request)
+    if as_json:
+        body = {
+            "mode": plan.choice.mode,
+            "device": plan.choice.device,
+            "reason": plan.choice.reason,
+            "cases": [
+                {
+                    "case_id": item.case.case_id,
+                    "unsupported": item.unsupported,
+                    "case": item.case.model_dump(mode="json"),
+                }
+                for item in plan.cases
+            ],
+        }
+        typer.echo(json.dumps(body, indent=1))
+        return 0
+    console = Console()
+    console.print(Text(headline(plan)), soft_wrap=not console.is_terminal)
+    print_cases([*plan.cases], console)
+    return 0
+
+
+def _sweep(request: _Request, as_json: bool) -> int:
+    name = None if request.name is None else checked_name(request.name)
+    plan, nodes = _plan(request)
+    folder = RunFolder(request.runs / (name or default_name(plan.scenario.name, request.runs)))
+    console = Console(stderr=as_json)
+    task = Sweep(
+        plan=plan,
+        folder=folder,
+        command=("cpbench", *sys.argv[1:]),
+        display=make_display(plan, console),
+        resume=request.resume,
+        nodes=nodes,
+    )
+    result = task.run()
+    if as_json:
+        typer.echo(json.dumps(_as_json(plan, result), indent=1))
+    else:
+        print_summary(result.records, console)
+    _say_next(request, result, console)
+    return result.exit_code
+
+
+def _as_json(plan: Plan, result: SweepResult) -> dict[str, Any]:
+    return {
+        "run": str(result.folder),
+        "mode": plan.choice.mode,
+        "device": plan.choice.device,
+        "exit_code": result.exit_code,
+        "counts": result.counts,
+        "remaining": result.remaining,
+        "records": [record.model_dump(mode="json", exclude={"ranks"}) for record in result.records],
+    }
+
+
+def _say_next(request: _Request, result: SweepResult, console: Console) -> None:
+    """Print where the records are and the command that comes next."""
+    counts = ", ".join(f"{number} {status}" for status, number in result.counts.items())
+    lines = [f"records: {result.folder}  ({counts or 'none'})"] if request.node_rank == 0 else []
+    again = f"cpbench sweep --resume --name {shlex.quote(result.folder.name)}"
+    if request.runs != Path("runs"):
+        again += f" --runs {shlex.quote(str(request.runs))}"
+    if request.endpoint is not None:
+        again += f" --node-rank {request.node_rank} --rdzv-endpoint {shlex.quote(request.endpoint)}"
+    if result.exit_code > INCOMPLETE_EXIT:
+        lines.append(f"interrupted with {result.remaining} cases to go; continue with: {again}")
+    elif result.exit_code == INCOMPLETE_EXIT:
+        lines.append(f"incomplete; run the failed cases again with: {again}")
+    if result.records:
+        lines.append(f"next: cpbench report {shlex.quote(str(result.folder))}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,1 @@
+"""What is allocated, when, and what for."""

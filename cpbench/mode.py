@@ -1,0 +1,47 @@
+"""Chooses the world of a sweep: measure, emulate or estimate, and says why."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from cpbench.case import Device, Mode
+
+
+class ModeChoice(NamedTuple):
+    """The mode and device of every case of a sweep, with the reason in words."""
+
+    mode: Mode
+    device: Device
+    reason: str
+
+
+def choose_mode(
+    requested: Mode | Literal["auto"], device: Device | None, *, world_size: int, gpus: int
+) -> ModeChoice:
+    """Return the mode and the device of a sweep.
+
+    Args:
+        requested: the mode asked for; `auto` leaves the choice to the machine.
+        device: the device asked for, if any.
+        world_size: the largest number of ranks on this machine.
+        gpus: visible GPUs.
+    """
+    default: Device = device or ("cuda" if gpus else "cpu")
+    if requested == "estimate":
+        return ModeChoice("estimate", device or "cpu", "asked for; nothing is allocated on any device")
+    if requested != "auto":
+        return ModeChoice(requested, default, f"asked for, on {default}")
+    if device == "cpu":
+        return ModeChoice(
+            "measure", "cpu", "device cpu was asked for, so ranks are processes on this machine"
+        )
+    found = f"{gpus} visible GPU{'' if gpus == 1 else 's'}"
+    if gpus >= world_size:
+        return ModeChoice("measure", "cuda", f"{found} for {world_size} ranks")
+    if gpus:
+        return ModeChoice(
+            "emulate", "cuda", f"{found}, fewer than {world_size} ranks: one rank runs on one GPU"
+        )
+    return ModeChoice(
+        "estimate", "cpu", "no GPU is visible; add --device cpu to measure on CPU processes instead"
+    )

@@ -1,0 +1,1 @@
+"""The decoder every method is measured in."""

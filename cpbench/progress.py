@@ -1,0 +1,226 @@
+"""What a sweep shows while it works: a live table in a terminal, plain lines in a pipe or a CI log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cpbench.case import Case
+from cpbench.expand import Plan
+from cpbench.launch import Progress
+from cpbench.record import Record
+from cpbench.summary import STATUS_STYLE, case_cells, case_columns, record_cells
+from cpbench.units import format_bytes, format_rate, format_seconds
+
+
+class Display(Protocol):
+    """Shows a sweep; entered before the first case and left after the last."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def note(self, text: str) -> None:
+        """Show a sentence."""
+
+    def started(self, case: Case) -> None:
+        """A case's processes are about to be started."""
+
+    def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
+        """The running case is still running; called about ten times a second."""
+
+    def finished(self, record: Record, *, kept: bool = False) -> None:
+        """A case has its record; `kept` if an earlier sweep made it."""
+
+
+def make_display(plan: Plan, console: Console) -> Display:
+    """Return a live display for a terminal, plain lines for anything else."""
+    return LiveDisplay(plan, console) if console.is_terminal else PlainDisplay(plan, console)
+
+
+def headline(plan: Plan) -> str:
+    """Return what is going to run and in which mode."""
+    unsupported = sum(1 for item in plan.cases if item.unsupported)
+    skipped = f" ({unsupported} unsupported)" if unsupported else ""
+    choice = plan.choice
+    return (
+        f"{plan.scenario.name}: {len(plan.cases)} case{'s' * (len(plan.cases) != 1)}{skipped}, "
+        f"mode {choice.mode} on {choice.device} ({choice.reason})"
+    )
+
+
+class PlainDisplay:
+    """One line when a case starts and one when it ends."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._console = console
+        self._plan = plan
+        self._total = len(plan.cases)
+        self._done = 0
+
+    def __enter__(self) -> PlainDisplay:
+        self.note(headline(self._plan))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def note(self, text: str) -> None:
+        """Print a line as it is: no markup, no wrapping, so that logs can be searched."""
+        self._console.print(Text(text), soft_wrap=True)
+
+    def started(self, case: Case) -> None:
+        """Print the case."""
+        self.note(f"[{self._done + 1}/{self._total}] {case.title}  started")
+
+    def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
+        """Print nothing: a log needs no animation."""
+
+    def finished(self, record: Record, *, kept: bool = False) -> None:
+        """Print the outcome and its numbers, or the first line of the reason."""
+        self._done += 1
+        self.note(f"[{self._done}/{self._total}] {one_line(record, kept=kept)}")
+
+
+def one_line(record: Record, *, kept: bool = False) -> str:
+    """Return a record as one line of text."""
+    case = f"{record.method}  {record.model}  {case_cells(record)[1]}  x{record.world_size}"
+    parts = [case, record.status]
+    if record.status == "ok":
+        parts.append(f"peak {format_bytes(record.peak_allocated_bytes)}")
+        if record.step_seconds is not None:
+            parts.append(f"step {format_seconds(record.step_seconds)}")
+            parts.append(f"{format_rate(record.tokens_per_second_per_gpu)} tokens/s/rank")
+    elif record.reason:
+        parts.append(record.reason.splitlines()[0])
+    parts.append("(kept)" if kept else f"({format_seconds(record.duration_seconds)})")
+    return "  ".join(parts)
+
+
+class LiveDisplay:
+    """A table of the cases, what runs now, and how long it may still take."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        self._console = console
+        self._plan = plan
+        self._records: dict[str, Record] = {}
+        self._kept: set[str] = set()
+        self._running: Case | None = None
+        self._progress: Progress | None = None
+        self._since = 0.0
+        self._columns = case_columns([item.case for item in plan.cases])
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveDisplay:
+        self.note(headline(self._plan))
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def note(self, text: str) -> None:
+        """Print a sentence above the table."""
+        self._console.print(Text(text))
+
+    def started(self, case: Case) -> None:
+        """Mark the case as running."""
+        self._running, self._progress, self._since = case, None, time.monotonic()
+
+    def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
+        """Remember the progress for the next refresh."""
+        self._progress = progress
+
+    def finished(self, record: Record, *, kept: bool = False) -> None:
+        """Put the record into the table."""
+        self._running = None
+        self._records[record.case_id] = record
+        if kept:
+            self._kept.add(record.case_id)
+
+    def _render(self) -> RenderableType:
+        table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+        for name, right in self._columns:
+            table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column("status", no_wrap=True)
+        for name in ("peak", "step", "tokens/s/rank"):
+            table.add_column(name, justify="right", no_wrap=True)
+        first, last = self._window()
+        for item in self._plan.cases[first:last]:
+            table.add_row(*self._row(item.case, item.unsupported is not None))
+        lines: list[RenderableType] = [table]
+        hidden = len(self._plan.cases) - (last - first)
+        if hidden:
+            lines.append(Text(f"... {hidden} more not shown", style="dim"))
+        return Group(*lines, Text(self._now(), overflow="ellipsis", no_wrap=True), Text(self._summary()))
+
+    def _row(self, case: Case, unsupported: bool) -> Sequence[RenderableType]:
+        cells = [Text(cell) for cell in case_cells(case, self._columns)]
+        record = self._records.get(case.case_id)
+        if record is not None:
+            status = Text(record.status, style=STATUS_STYLE[record.status])
+            return [*cells, status, *(Text(cell) for cell in record_cells(record))]
+        if self._running is not None and case.case_id == self._running.case_id:
+            return [*cells, Text("running", style="bold cyan"), Text(""), Text(""), Text("")]
+        waiting = Text("unsupported" if unsupported else "waiting", style="dim")
+        return [*cells, waiting, Text(""), Text(""), Text("")]
+
+    def _window(self) -> tuple[int, int]:
+        """The slice of cases that fits the terminal, with the next case to end in it."""
+        total = len(self._plan.cases)
+        room = max(3, self._console.size.height - 6)
+        if total <= room:
+            return 0, total
+        first = min(max(0, len(self._records) - room // 2), total - room)
+        return first, first + room
+
+    def _now(self) -> str:
+        if self._running is None:
+            return "now: preparing the next case"
+        phase = "starting processes"
+        if self._progress is not None:
+            phase = f"{self._progress.phase} {self._progress.done}/{self._progress.total}"
+        elapsed = format_seconds(max(1.0, round(time.monotonic() - self._since)))
+        return f"now: {self._running.title}  {phase}  {elapsed}"
+
+    def _summary(self) -> str:
+        done, total = len(self._records), len(self._plan.cases)
+        bad = sum(1 for record in self._records.values() if record.status not in ("ok", "unsupported"))
+        words = [f"{done}/{total} done", f"mode {self._plan.choice.mode} on {self._plan.choice.device}"]
+        if bad:
+            words.insert(1, f"{bad} not ok")
+        remaining = self._remaining_seconds()
+        if remaining is not None:
+            words.append(f"about {format_seconds(remaining)} left")
+        return ", ".join(words)
+
+    def _remaining_seconds(self) -> float | None:
+        """The mean duration of the cases launched so far, times the cases to come."""
+        took = [
+            record.duration_seconds
+            for case_id, record in self._records.items()
+            if record.duration_seconds > 0 and case_id not in self._kept
+        ]
+        if not took:
+            return None
+        todo = [
+            item
+            for item in self._plan.cases
+            if not item.unsupported and item.case.case_id not in self._records
+        ]
+        elapsed = time.monotonic() - self._since if self._running is not None else 0.0
+        mean = sum(took) / len(took)
+        return max(1.0, round(len(todo) * mean - min(elapsed, mean))) if todo else None

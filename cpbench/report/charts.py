@@ -1,0 +1,293 @@
+"""Panels to interactive charts: plain plotly figures (dictionaries) and the legend that the page draws beside them.
+
+Text of a record goes only into `text`, `hovertext` and names, with the markup characters escaped; plotly's template
+strings (`%{...}`) are not used.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cpbench.report.palette import MODE_DASH
+from cpbench.report.plots import thinned
+from cpbench.report.quantities import LINES, SPLITS, Bars, Line, Split, shown_panels
+from cpbench.report.series import Overview, Panel, Point, Series, format_ranks, mode_words
+from cpbench.units import format_length, format_seconds
+
+_STRIP_PIXELS, _LINE_PIXELS, _BAR_PIXELS = 26, 320, 34
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LegendItem:
+    """One entry of a chart's legend; `group` is the traces' legend group."""
+
+    group: str
+    label: str
+    color: str
+    marker: str
+    dash: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chart:
+    """One chart of the page."""
+
+    name: str
+    """Made of our own names and numbers only, so it is safe as an id."""
+    title: str
+    """Of the panel; empty when there is one."""
+    caption: str
+    legend: tuple[LegendItem, ...]
+    figure: dict[str, Any]
+    """`data` and `layout` of plotly; colours of text and grid are set by the page for light or dark."""
+    height: int
+    """Pixels."""
+    log_switch: bool
+    """The y axis may be switched to a log scale."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChartGroup:
+    """The charts that answer one question."""
+
+    name: str
+    title: str
+    note: str
+    charts: tuple[Chart, ...]
+
+
+def chart_groups(overview: Overview) -> tuple[ChartGroup, ...]:
+    """Return the charts of every question, one a panel, in the order of the page."""
+    panels, more = shown_panels(overview)
+    lines = {
+        line.name: ChartGroup(
+            name=line.name,
+            title=line.title,
+            note=f"{line.note} {more}".strip(),
+            charts=tuple(_line_chart(line, panel, number) for number, panel in enumerate(panels)),
+        )
+        for line in LINES
+    }
+    splits = {
+        split.name: ChartGroup(
+            name=split.name,
+            title=split.title,
+            note=f"{split.note} {more}".strip(),
+            charts=tuple(
+                _split_chart(split, panel, bars, number)
+                for number, panel in enumerate(panels)
+                if (bars := split.bars(panel)) is not None
+            ),
+        )
+        for split in SPLITS
+    }
+    order = ("peak_memory", "throughput", "memory_by_category", "step_time_split", "attention_intermediates")
+    return tuple((lines | splits)[name] for name in order)
+
+
+def _line_chart(line: Line, panel: Panel, number: int) -> Chart:
+    divisor, axis = line.scale(panel)
+    failing = [series for series in panel.series if series.missing]
+    strip = len(failing) * _STRIP_PIXELS
+    height = _LINE_PIXELS + strip
+    plot_height = height - 72
+    split_at = 1 - (strip / plot_height if strip else 0)
+    data = [_line_trace(line, series, f"s{i}", divisor) for i, series in enumerate(panel.series)]
+    data += [
+        _strip_trace(series, f"s{panel.series.index(series)}", row) for row, series in enumerate(failing)
+    ]
+    layout: dict[str, Any] = {
+        "xaxis": _length_axis(panel.lengths),
+        "yaxis": {
+            "title": {"text": axis},
+            "rangemode": "tozero",
+            "domain": [0, split_at - (0.02 if strip else 0)],
+            "automargin": True,
+        },
+        "hovermode": "closest",
+        "margin": {"l": 56, "r": 12, "t": 12, "b": 52},
+    }
+    if failing:
+        layout["yaxis2"] = {
+            "domain": [split_at, 1],
+            "range": [len(failing) - 0.5, -0.5],
+            "fixedrange": True,
+            "showgrid": False,
+            "zeroline": False,
+            "showticklabels": False,
+            "anchor": "x",
+        }
+    if not any(trace["x"] for trace in data[: len(panel.series)]):
+        layout["annotations"] = [
+            {"text": "no case has a number here", "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.4,
+             "showarrow": False}
+        ]  # fmt: skip
+    return Chart(
+        name=f"{line.name}-{number}",
+        title=panel.title,
+        caption="",
+        legend=_legend(panel),
+        figure={"data": data, "layout": layout},
+        height=height,
+        log_switch=True,
+    )
+
+
+def _line_trace(line: Line, series: Series, group: str, divisor: float) -> dict[str, Any]:
+    points = [(point, value) for point in series.plotted if (value := line.value(point.record)) is not None]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": _safe(series.label),
+        "legendgroup": group,
+        "x": [point.record.seq_len for point, _ in points],
+        "y": [value / divisor for _, value in points],
+        "hovertext": [_hover(point, series, line, value) for point, value in points],
+        "hoverinfo": "text",
+        "line": {"color": series.color, "width": 2.5, "dash": MODE_DASH[series.identity.mode]},
+        "marker": {"color": series.color, "symbol": series.marker, "size": 9},
+    }
+
+
+def _strip_trace(series: Series, group: str, row: int) -> dict[str, Any]:
+    """The cases of a series without numbers: an x at each length, in the strip above the curves."""
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": _safe(series.label),
+        "legendgroup": group,
+        "yaxis": "y2",
+        "x": [point.record.seq_len for point in series.missing],
+        "y": [row] * len(series.missing),
+        "text": [f"{_safe(point.outcome.short)} " for point in series.missing],
+        "textposition": "middle left",
+        "textfont": {"size": 11},
+        "hovertext": [
+            f"<b>{_safe(series.label)}</b><br>{format_length(point.record.seq_len)} tokens: "
+            f"{_safe(point.outcome.long)}<br>{_folded(point.record.reason or '')}"
+            for point in series.missing
+        ],
+        "hoverinfo": "text",
+        "cliponaxis": False,
+        "marker": {"color": series.color, "symbol": "x-thin", "size": 9, "line": {"width": 3, "color": series.color}},
+    }
+
+
+def _hover(point: Point, series: Series, line: Line, value: float) -> str:
+    record = point.record
+    rows = [
+        f"<b>{_safe(series.label)}</b>",
+        f"{format_length(record.seq_len)} tokens, {format_ranks(record.world_size)}",
+        f"<b>{line.show(value)}</b>",
+    ]
+    spread = record.spread.get(line.field)
+    if spread is not None and record.world_size > 1:
+        rows.append(f"rank {spread.rank} of {record.world_size}; mean over ranks {line.show(spread.mean)}")
+    if line.unit == "rate":
+        rows.append(f"step {format_seconds(record.step_seconds)}, {len(record.step_seconds_samples)} samples")
+    return "<br>".join([*rows, _folded(mode_words(series.identity))])
+
+
+def _length_axis(lengths: Sequence[int]) -> dict[str, Any]:
+    ticks = thinned(lengths, 8)
+    low, high = math.log10(lengths[0]), math.log10(lengths[-1])
+    pad = max((high - low) * 0.06, 0.06)
+    return {
+        "type": "log",
+        "title": {"text": "Sequence length (tokens, log scale)"},
+        "tickvals": ticks,
+        "ticktext": [format_length(tick) for tick in ticks],
+        "tickangle": 0,
+        "range": [low - pad, high + pad],
+        "showgrid": False,
+        "zeroline": False,
+    }
+
+
+def _split_chart(split: Split, panel: Panel, bars: Bars, number: int) -> Chart:
+    divisor, axis = split.scale(bars)
+    # Numbers on the axis, names as tick labels: two series with one label stay two bars.
+    names = ["<br>".join(map(_safe, textwrap.wrap(series.label, 20)[:4])) for series in bars.bars]
+    positions = list(range(len(names)))
+    data: list[dict[str, Any]] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": _safe(segment.name),
+            "legendgroup": f"s{index}",
+            "y": positions,
+            "x": [value / divisor for value in segment.values],
+            "width": 0.68,
+            "marker": {"color": segment.color},
+            "hovertext": [
+                f"<b>{_safe(series.label)}</b><br>{_safe(segment.name)}: <b>{split.show(value)}</b><br>"
+                f"of {total} at {format_length(bars.length)}<br>{_folded(mode_words(series.identity))}"
+                for series, value, total in zip(bars.bars, segment.values, bars.totals, strict=True)
+            ],
+            "hoverinfo": "text",
+        }
+        for index, segment in enumerate(bars.segments)
+    ]
+    ends = [sum(segment.values[i] for segment in bars.segments) / divisor for i in positions]
+    lines = sum(max(name.count("<br>") + 1, 2) for name in names)
+    layout: dict[str, Any] = {
+        "barmode": "stack",
+        "xaxis": {"title": {"text": axis}, "zeroline": False, "range": [0, max(ends) * 1.22 or 1]},
+        "yaxis": {
+            "tickvals": positions,
+            "ticktext": names,
+            "range": [len(names) - 0.5, -0.5],
+            "automargin": True,
+            "showgrid": False,
+            "zeroline": False,
+            "ticks": "",
+        },
+        "annotations": [
+            {"x": end, "y": position, "text": total, "xanchor": "left", "xshift": 5, "showarrow": False}
+            for position, end, total in zip(positions, ends, bars.totals, strict=True)
+        ],
+        "hovermode": "closest",
+        "margin": {"l": 12, "r": 12, "t": 8, "b": 52},
+    }
+    return Chart(
+        name=f"{split.name}-{number}",
+        title=panel.title,
+        caption=bars.caption,
+        legend=tuple(
+            LegendItem(group=f"s{i}", label=segment.name, color=segment.color, marker="block", dash="solid")
+            for i, segment in enumerate(bars.segments)
+        ),
+        figure={"data": data, "layout": layout},
+        height=72 + max(_BAR_PIXELS * len(names), 18 * lines),
+        log_switch=False,
+    )
+
+
+def _legend(panel: Panel) -> tuple[LegendItem, ...]:
+    return tuple(
+        LegendItem(
+            group=f"s{index}",
+            label=series.label,
+            color=series.color,
+            marker=series.marker,
+            dash=MODE_DASH[series.identity.mode],
+        )
+        for index, series in enumerate(panel.series)
+    )
+
+
+def _safe(text: str) -> str:
+    """Plotly reads a few HTML tags in its text; records may not use them."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return html.escape(line, quote=False)
+
+
+def _folded(text: str) -> str:
+    """A long text as a few short lines for a hover box."""
+    lines = textwrap.wrap(" ".join(text.split()), 56)
+    return "<br>".join(_safe(line) for line in lines[:4]) + (" ..." if len(lines) > 4 else "")

@@ -1,0 +1,267 @@
+"""Panels to PNG files with matplotlib: light ground, legend outside, every label readable at full size.
+
+A case without a number is an `x` in the strip above its panel, at its length, with the outcome in words: never a
+zero on the curve.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cpbench.report.palette import MODE_DASH
+from cpbench.report.quantities import LINES, SPLITS, Bars, Line, Split, shown_panels
+from cpbench.report.series import Overview, Panel, Series
+from cpbench.units import format_length
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _SOFT, _GRID = "#1c2430", "#5b6675", "#e3e7ec"
+_STYLE = {
+    "font.size": 10.5,
+    "font.family": "DejaVu Sans",
+    "text.parse_math": False,  # text of a record is never a formula
+    "text.color": _INK,
+    "axes.edgecolor": "#b6bec9",
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+_MARKER = {
+    "circle": "o",
+    "square": "s",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "diamond": "D",
+    "cross": "P",
+    "pentagon": "p",
+    "hexagon": "h",
+    "star": "*",
+    "star-square": "X",
+}
+_DASH = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.2, 1.6))}
+_PANEL_WIDTH, _LINE_HEIGHT, _STRIP_HEIGHT, _BAR_HEIGHT = 7.2, 3.7, 0.27, 0.42  # inches
+_GAP = 0.95
+_DPI = 144
+
+
+def write_pictures(overview: Overview, folder: Path) -> tuple[Path, ...]:
+    """Write one PNG for each question into `folder` and return their paths; names never come from records."""
+    import matplotlib as mpl
+
+    paths = []
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # A foreign name may have characters that the font lacks; a box in the picture is the right answer.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for line in LINES:
+            paths.append(_save(_line_figure(line, overview), folder / f"{line.name}.png"))
+        for split in SPLITS:
+            paths.append(_save(_split_figure(split, overview), folder / f"{split.name}.png"))
+    return tuple(paths)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=_DPI, bbox_inches="tight", pad_inches=0.25, metadata={"Software": None})
+    return path
+
+
+def _line_figure(line: Line, overview: Overview) -> Figure:
+    panels, note = shown_panels(overview)
+    strips = [_STRIP_HEIGHT * sum(bool(series.missing) for series in panel.series) for panel in panels]
+    figure, rows = _canvas(line.title, f"{overview.subtitle}\n{line.note} {note}", [_LINE_HEIGHT + s for s in strips])
+    for panel, (bottom, height), strip in zip(panels, rows, strips, strict=True):
+        total = figure.get_figheight()
+        axes = figure.add_axes((0, bottom / total, 1, (height - strip) / total))
+        _draw_lines(axes, line, panel)
+        top = axes
+        if strip:
+            top = figure.add_axes((0, (bottom + height - strip) / total, 1, strip / total), sharex=axes)
+            _draw_strip(top, panel)
+        if panel.title:
+            top.set_title(_plain(panel.title, 90), loc="left", fontsize=11, fontweight="bold", color=_INK)
+        _series_legend(top, panel)
+    return figure
+
+
+def _draw_lines(axes: Axes, line: Line, panel: Panel) -> None:
+    divisor, title = line.scale(panel)
+    for series in panel.series:
+        points = [(p.record.seq_len, v / divisor) for p in series.plotted if (v := line.value(p.record)) is not None]
+        axes.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=series.color,
+            marker=_MARKER[series.marker],
+            linestyle=_DASH[MODE_DASH[series.identity.mode]],
+            markersize=7,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            linewidth=2,
+        )
+    if not any(artist.get_xdata().size for artist in axes.lines):  # type: ignore[union-attr]
+        axes.text(0.5, 0.5, "no case has a number here", transform=axes.transAxes, ha="center", color=_SOFT)
+        axes.set_yticks([])
+    axes.set_ylabel(title)
+    _length_axis(axes, panel.lengths)
+    axes.set_ylim(bottom=0, top=None if axes.get_ylim()[1] > 0 else 1)
+
+
+def _length_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    axes.set_xscale("log", base=2)
+    ticks = thinned(lengths, 12)
+    axes.xaxis.set_major_locator(FixedLocator([float(tick) for tick in ticks]))
+    axes.xaxis.set_major_formatter(FixedFormatter([format_length(tick) for tick in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    pad = max(1.12, (lengths[-1] / lengths[0]) ** 0.05)
+    axes.set_xlim(lengths[0] / pad, lengths[-1] * pad)
+    axes.set_xlabel("Sequence length (tokens, log scale)")
+
+
+def thinned(lengths: Sequence[int], most: int) -> list[int]:
+    """Return at most `most` lengths, far enough apart on a log axis for their labels, the longest always among them."""
+    apart = max(math.log2(lengths[-1] / lengths[0]) / most, 1e-9)
+    kept = [lengths[-1]]
+    for length in reversed(lengths[:-1]):
+        if math.log2(kept[-1] / length) >= apart * 0.999:
+            kept.append(length)
+    return kept[::-1]
+
+
+def _draw_strip(axes: Axes, panel: Panel) -> None:
+    """One row for each series with cases that gave no number."""
+    failing = [series for series in panel.series if series.missing]
+    axes.set_ylim(len(failing) - 0.5, -0.5)
+    axes.grid(visible=False)
+    axes.set_facecolor("#f6f7f9")
+    axes.tick_params(bottom=False, labelbottom=False, left=False, labelleft=False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    for row, series in enumerate(failing):
+        for point in series.missing:
+            axes.plot(point.record.seq_len, row, marker="x", color=series.color, markersize=7, markeredgewidth=2.2)
+            axes.annotate(
+                point.outcome.short,
+                (point.record.seq_len, row),
+                xytext=(-8, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=8.5,
+                color=_SOFT,
+            )
+
+
+def _series_legend(axes: Axes, panel: Panel) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=series.color,
+            marker=_MARKER[series.marker],
+            linestyle=_DASH[MODE_DASH[series.identity.mode]],
+            markersize=7,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            linewidth=2,
+        )
+        for series in panel.series
+    ]
+    labels = [_wrapped(series.label, 34) for series in panel.series]
+    if any(series.missing for series in panel.series):
+        handles.append(Line2D([], [], color=_SOFT, marker="x", linestyle="", markersize=7, markeredgewidth=2.2))
+        labels.append("no number: see the strip on top")
+    axes.legend(handles, labels, loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, handlelength=2.6)
+
+
+def _split_figure(split: Split, overview: Overview) -> Figure:
+    panels, note = shown_panels(overview)
+    charts = [(panel, split.bars(panel)) for panel in panels]
+    heights = [_BAR_HEIGHT * (len(bars.bars) if bars else 2) + 0.35 for _, bars in charts]
+    figure, rows = _canvas(split.title, f"{overview.subtitle}\n{split.note} {note}", heights)
+    for (panel, bars), (bottom, height) in zip(charts, rows, strict=True):
+        total = figure.get_figheight()
+        axes = figure.add_axes((0, bottom / total, 1, height / total))
+        if bars is None:
+            axes.text(0.5, 0.5, "no case has a number here", transform=axes.transAxes, ha="center", color=_SOFT)
+            axes.set(xticks=[], yticks=[])
+        else:
+            _draw_bars(axes, split, bars)
+        title = [part for part in (panel.title, bars.caption if bars else "") if part]
+        axes.set_title(_wrapped(", ".join(title), 84), loc="left", fontsize=11, fontweight="bold", color=_INK)
+    return figure
+
+
+def _draw_bars(axes: Axes, split: Split, bars: Bars) -> None:
+    divisor, title = split.scale(bars)
+    positions = list(range(len(bars.bars)))
+    left = [0.0] * len(positions)
+    for segment in bars.segments:
+        widths = [value / divisor for value in segment.values]
+        axes.barh(
+            positions, widths, left=left, height=0.66, color=segment.color, edgecolor="white", linewidth=0.8,
+            label=_plain(segment.name, 40),
+        )
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for position, end, text in zip(positions, left, bars.totals, strict=True):
+        axes.annotate(
+            text, (end, position), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9.5, color=_INK
+        )
+    axes.set_yticks(positions, [_wrapped(series.label, 34) for series in bars.bars], color=_INK)
+    axes.set_ylim(len(positions) - 0.5, -0.5)
+    axes.set_xlim(0, max(left) * 1.14 or 1)
+    axes.set_xlabel(title)
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(left=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), borderaxespad=0, handlelength=1.1, handleheight=1.1)
+
+
+def _canvas(title: str, subtitle: str, heights: Sequence[float]) -> tuple[Figure, list[tuple[float, float]]]:
+    """A figure with its heading, and (bottom, height) in inches of each panel, from the top down.
+
+    The axes fill the figure's width; `bbox_inches="tight"` adds room for the labels and legends around them.
+    """
+    from matplotlib.figure import Figure
+
+    text = "\n".join(_wrapped(part, 112) for part in subtitle.split("\n"))
+    heading = 0.5 + 0.2 * (text.count("\n") + 1)
+    total = heading + sum(heights) + _GAP * (len(heights) - 1)
+    figure = Figure(figsize=(_PANEL_WIDTH, total))
+    figure.text(-0.09, 1, title, fontsize=15, fontweight="bold", va="top")
+    figure.text(-0.09, 1 - 0.32 / total, text, fontsize=9.5, color=_SOFT, va="top", linespacing=1.35)
+    rows, top = [], total - heading
+    for height in heights:
+        rows.append((top - height, height))
+        top -= height + _GAP
+    return figure, rows
+
+
+def _plain(text: str, most: int) -> str:
+    """One line of printable text; a leading underscore would hide a legend entry."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = line if len(line) <= most else line[: most - 3] + "..."
+    return f" {line}" if line.startswith("_") else line
+
+
+def _wrapped(text: str, width: int) -> str:
+    lines = textwrap.wrap(_plain(text, 6 * width), width) or [""]
+    return "\n".join([f" {lines[0]}" if lines[0].startswith("_") else lines[0], *lines[1:]])

@@ -1,0 +1,1 @@
+"""What methods are built from: kernels, collectives, projections, rotary embedding, host memory, streams."""

@@ -1,0 +1,183 @@
+"""Every collective a method may call, and the counting of all collectives of a step.
+
+Bytes are what one rank *sends to other ranks* with the standard algorithms: for a group of n ranks and an input of
+B bytes on this rank, all-to-all sends B (n-1)/n, all-gather B (n-1), reduce-scatter B (n-1)/n, all-reduce
+2 B (n-1)/n, a send B, a broadcast B on the root.  Nothing is sent, and nothing is called, in a group of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cpbench.runtime.recorder import Recorder
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A process group as seen by this rank; `handle` is None in a group of one."""
+
+    size: int
+    rank: int
+    """Position of this rank in the group."""
+    handle: dist.ProcessGroup | None = None
+    global_ranks: tuple[int, ...] = (0,)
+
+    @classmethod
+    def of(cls, ranks: Sequence[int], rank: int, handle: dist.ProcessGroup | None) -> Group:
+        """Return the group of global `ranks` that holds global `rank`."""
+        return cls(size=len(ranks), rank=list(ranks).index(rank), handle=handle, global_ranks=tuple(ranks))
+
+
+def all_to_all_heads(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
+    """Exchange sequence for heads: `[b, s/n, h, e] -> [b, s, h/n, e]` over the group's n ranks.
+
+    Group rank i receives heads `[i h/n, (i+1) h/n)`; the sequence is concatenated in group order.
+    """
+    n = group.size
+    if n == 1:
+        return t
+    b, local, heads, e = t.shape
+    with recorder.scope("communication"):
+        packed = t.view(b, local, n, heads // n, e).permute(2, 0, 1, 3, 4).contiguous()  # [n, b, s/n, h/n, e]
+    received = torch.empty_like(packed)
+    dist.all_to_all_single(received, packed, group=group.handle)
+    del packed
+    # With b == 1 this is a view: [n, 1, s/n, ...] is already [1, s, ...] in memory.
+    return received.transpose(0, 1).reshape(b, n * local, heads // n, e)
+
+
+def all_to_all_sequence(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
+    """Undo `all_to_all_heads`: `[b, s, h/n, e] -> [b, s/n, h, e]`."""
+    n = group.size
+    if n == 1:
+        return t
+    b, s, heads, e = t.shape
+    with recorder.scope("communication"):
+        packed = t.view(b, n, s // n, heads, e).transpose(0, 1).contiguous()  # [n, b, s/n, h/n, e]; a view if b == 1
+        received = torch.empty_like(packed)
+        dist.all_to_all_single(received, packed, group=group.handle)
+    del packed
+    return received.permute(1, 2, 0, 3, 4).reshape(b, s // n, n * heads, e)
+
+
+@dataclass(slots=True)
+class RingPass:
+    """A started exchange with the two ring neighbours; `wait` returns what came from the previous rank."""
+
+    works: list[Any]
+    received: tuple[Tensor, ...]
+    sent: tuple[Tensor, ...]
+    """Kept alive, and not to be changed, until `wait`."""
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """Block (on CUDA: make the stream wait) until the neighbour's tensors are here."""
+        for work in self.works:
+            work.wait()
+        self.sent = ()
+        return self.received
+
+
+def ring_pass(tensors: Sequence[Tensor], group: Group, *, into: Sequence[Tensor] | None = None) -> RingPass:
+    """Start sending tensors to the next rank of the ring and receiving the same shapes from the previous one.
+
+    Args:
+        tensors: contiguous.
+        group: the ring, of at least two ranks.
+        into: buffers to receive in; allocated when None.
+    """
+    received = tuple(torch.empty_like(t) for t in tensors) if into is None else tuple(into)
+    following = group.global_ranks[(group.rank + 1) % group.size]
+    previous = group.global_ranks[(group.rank - 1) % group.size]
+    operations = [dist.P2POp(dist.isend, t, following, group=group.handle) for t in tensors]
+    operations += [dist.P2POp(dist.irecv, t, previous, group=group.handle) for t in received]
+    return RingPass(works=dist.batch_isend_irecv(operations), received=received, sent=tuple(tensors))
+
+
+def _all_to_all(args: Sequence[Any]) -> int:
+    inputs, n = args[1], _group_size(args[2])
+    return _nbytes(inputs) * (n - 1) // n
+
+
+def _all_gather(args: Sequence[Any]) -> int:
+    return _nbytes(args[1]) * (_group_size(args[2]) - 1)
+
+
+def _reduce_scatter(args: Sequence[Any]) -> int:
+    n = _group_size(args[2])
+    return _nbytes(args[1]) * (n - 1) // n
+
+
+def _all_reduce(args: Sequence[Any]) -> int:
+    n = _group_size(args[1])
+    return 2 * _nbytes(args[0]) * (n - 1) // n
+
+
+def _send(args: Sequence[Any]) -> int:
+    return _nbytes(args[0])
+
+
+# Operators by the name torch gives them; 2.11 to 2.13 differ in which all-gather they call.
+_KINDS: dict[str, tuple[str, Callable[[Sequence[Any]], int]]] = {
+    "alltoall_base_": ("all_to_all", _all_to_all),
+    "_allgather_base_": ("all_gather", _all_gather),
+    "_reduce_scatter_base_": ("reduce_scatter", _reduce_scatter),
+    "allreduce_": ("all_reduce", _all_reduce),
+    "send": ("send", _send),
+}
+# Control traffic, or the other end of something already counted.
+_UNCOUNTED = frozenset({"recv_", "barrier", "monitored_barrier_"})
+
+
+@dataclass(slots=True)
+class CollectiveLog:
+    """Calls and bytes by kind, and every call in order."""
+
+    bytes: dict[str, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    sequence: list[tuple[str, int]] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    """Collectives this module does not know how to count; a case with any is invalid."""
+
+    def add(self, kind: str, size: int) -> None:
+        """Count one call."""
+        self.bytes[kind] = self.bytes.get(kind, 0) + size
+        self.calls[kind] = self.calls.get(kind, 0) + 1
+        self.sequence.append((kind, size))
+
+
+class CountCollectives(TorchDispatchMode):
+    """Counts the collectives of everything inside, FSDP's included, in forward and in backward."""
+
+    def __init__(self, log: CollectiveLog) -> None:
+        super().__init__()
+        self.log = log
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - torch's own signature
+        """Count a c10d operator, then run it."""
+        if func.namespace == "c10d":
+            name = func._schema.name.split("::")[1]
+            if name in _KINDS:
+                kind, size = _KINDS[name]
+                self.log.add(kind, size(args))
+            elif name not in _UNCOUNTED:
+                self.log.unknown.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _nbytes(value: Tensor | Sequence[Tensor]) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(t.numel() * t.element_size() for t in value)
+
+
+def _group_size(group: Any) -> int:  # noqa: ANN401 - a boxed ProcessGroup
+    return int(dist.ProcessGroup.unbox(group).size())

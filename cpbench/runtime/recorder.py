@@ -1,0 +1,71 @@
+"""Says where in a step the program is, for whoever traces memory; costs nothing when no one does.
+
+A *scope* is a nested region such as forward / attention; a *mark* names the storage of a tensor after the fact
+("this allocation is the block's output").  On CPU both become profiler annotations, which nest exactly with the
+allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PREFIX = "cpbench:"
+MARK = "cpbench-mark:"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The storage at `address` is, from its allocation on, what `label` says."""
+
+    time_ns: int
+    address: int
+    label: str
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Scopes and marks of one rank; inactive until a memory trace switches it on."""
+
+    active: bool = False
+    device_type: str = "cpu"
+    marks: list[Mark] = field(default_factory=list)
+    _path: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Name what happens inside, for example `attention:3`."""
+        if not self.active:
+            yield
+            return
+        self._path.append(name)
+        try:
+            if self.device_type == "cuda":
+                torch.cuda.memory._set_memory_metadata("/".join(self._path))
+                yield
+            else:
+                with torch.profiler.record_function(PREFIX + name):
+                    yield
+        finally:
+            self._path.pop()
+            if self.device_type == "cuda":
+                torch.cuda.memory._set_memory_metadata("/".join(self._path))
+
+    def mark(self, label: str, *tensors: Tensor | None) -> None:
+        """Name the storage of tensors that exist now; None is skipped."""
+        if not self.active:
+            return
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            address = tensor.untyped_storage().data_ptr()
+            if self.device_type == "cuda":
+                self.marks.append(Mark(time.time_ns(), address, label))
+            else:
+                with torch.profiler.record_function(f"{MARK}{label}:{address}"):
+                    pass
