@@ -19,6 +19,7 @@ _LINE_CHARACTERS = 240
 # torchrun's summary of a failure, and the processes that it ended itself because of another one's failure.
 _FAILED_RANK = re.compile(r"\brank\s*: (\d+) \(local_rank: \d+\)\s*\n\s*exitcode\s*: (-?\d+) \(pid: (\d+)\)")
 _ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
+_TORCHRUN = re.compile(r"^[EWI]\d{4} .*torch/distributed/elastic", re.MULTILINE)
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # A traceback's frames say where, not what; its last line stays.
 _FRAME = re.compile(r"^(?:\[rank\d+\]:)?\s*(?:Traceback \(most|File \"|[~^]+\s*$)|^(?:\[rank\d+\]:)?\s{4,}\S")
@@ -54,13 +55,16 @@ def explain(job: Job, exit: Exit, *, oom_kills: int) -> Outcome:
         return _from_failure(job, informed[0])
     if exit.timed_out:
         return Outcome(status="timeout", reason=_with_log(job, None, _timeout_reason(job)))
-    for rank, number in _killed_ranks(job.launcher_log):
-        return _from_signal(job, rank, number, oom_kills)
+    ended = _failed_ranks(job.launcher_log)
+    for rank, code in ended:
+        if code < 0:
+            return _from_signal(job, rank, -code, oom_kills)
     if failures:
         return _from_failure(job, failures[0])
-    return Outcome(
-        status="error", reason=_with_log(job, None, problem or f"the workers ended with code {exit.code}")
-    )
+    for rank, code in ended:
+        return Outcome(status="error", reason=_with_log(job, rank, f"rank {rank} ended with code {code}"))
+    words = problem or f"torchrun ended with code {exit.code}"
+    return Outcome(status="error", reason=_with_log(job, None, words))
 
 
 def host_oom_kills() -> int:
@@ -139,12 +143,11 @@ def _load(model: type[BaseModel], path: Path) -> BaseModel | str:
         return f"cannot be read: {str(error).splitlines()[0]}"
 
 
-def _killed_ranks(launcher_log: Path) -> list[tuple[int, int]]:
-    """(rank, signal) of each rank that died by a signal that did not come from torchrun."""
+def _failed_ranks(launcher_log: Path) -> list[tuple[int, int]]:
+    """(rank, exit code or -signal) of each rank that ended badly and not by torchrun's hand."""
     text = _read(launcher_log)
     ended = set(_ENDED_BY_TORCHRUN.findall(text))
-    found = _FAILED_RANK.findall(text)
-    return [(int(rank), -int(code)) for rank, code, pid in found if int(code) < 0 and pid not in ended]
+    return [(int(rank), int(code)) for rank, code, pid in _FAILED_RANK.findall(text) if pid not in ended]
 
 
 def _with_log(job: Job, rank: int | None, words: str) -> str:
@@ -158,7 +161,8 @@ def _with_log(job: Job, rank: int | None, words: str) -> str:
 
 
 def _telling_lines(text: str) -> list[str]:
-    lines = [_ANSI.sub("", line).rstrip() for line in text.splitlines()]
+    # What torchrun adds after a failure is said better by the reason.
+    lines = [_ANSI.sub("", line).rstrip() for line in _TORCHRUN.split(text, maxsplit=1)[0].splitlines()]
     kept = [line for line in lines if line.strip() and not _FRAME.match(line)]
     return [line[:_LINE_CHARACTERS] for line in kept[-_LOG_LINES:]]
 

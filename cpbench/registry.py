@@ -97,7 +97,7 @@ def load(name: str, options: Mapping[str, OptionValue], plugins: Sequence[Path] 
     for key, value in options.items():
         if key not in fields:
             near = nearest(key, fields)
-            hint = f"; did you mean {near!r}?" if near else ""
+            hint = f"; did you mean {near!r}?" if near else "."
             raise UsageError(f"{name} has no option {key!r}{hint} It has: {', '.join(sorted(fields)) or '(none)'}")
         default = fields[key].default
         if type(default) in (bool, int, float, str) and not _compatible(value, type(default)):

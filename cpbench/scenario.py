@@ -242,7 +242,7 @@ def _explain(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
     if problem["type"] == "extra_forbidden":
         known = _known_keys(problem["loc"][:-1])
         near = nearest(str(problem["loc"][-1]), known)
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = f"; did you mean {near!r}?" if near else "."
         return f"unknown key {where!r}{hint} Allowed here: {', '.join(known)}"
     given = problem.get("input")
     shown = "" if isinstance(given, dict) else f" (given: {given!r})"

@@ -1,14 +1,15 @@
 """The report: records of any number of runs to one offline HTML page, PNG pictures and tables.
 
-    load.py      files -> entries (a record and the run it came from); what cannot be read is named and skipped
+    load.py      files -> entries (a record and its run); what cannot be read is named and skipped
     checks.py    entries -> doubts: a loss that differs from the one of `single`, mixed sources
     series.py    entries -> panels of labelled series; nothing is ever joined over modes, machines or stacks
     tables.py    entries -> rows of cells, summary.md;  frame.py: entries -> records.csv, records.parquet
     plots.py     panels -> PNG (matplotlib);  charts.py: panels -> interactive charts (plotly)
     page.py      everything -> index.html
 
-Records may come from elsewhere, so they are untrusted: text is escaped wherever it is shown and never becomes a
-file name.  Importing this package is quick; pandas, matplotlib and plotly are imported when a report is built.
+Records may come from elsewhere, so they are untrusted: text is escaped wherever it is shown and never becomes
+a file name.  Importing this package is quick; pandas, matplotlib and plotly are imported when a report is
+built.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ class ReportResult:
 
 
 def build(run_dirs: Sequence[Path], out: Path) -> ReportResult:
-    """Write the report of some runs into `out`, which is made if needed; files of an older report are replaced.
+    """Write the report of some runs into `out`; files of an older report there are replaced.
 
     Args:
         run_dirs: run folders (`<run>/cases/*.json`), or folders that hold records (`*.json`) themselves.
-        out: folder of the report.
+        out: folder of the report; made if needed.
 
     Raises:
-        RunFolderError: a folder does not exist or holds no readable record (then nothing is written), or `out`
+        RunFolderError: a folder does not exist or holds no readable record (then nothing is written), or
+        `out`
             cannot be written.
     """
     from cpbench.report.page import write_report

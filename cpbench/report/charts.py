@@ -1,7 +1,7 @@
-"""Panels to interactive charts: plain plotly figures (dictionaries) and the legend that the page draws beside them.
+"""Panels to interactive charts: plotly figures as dictionaries, and the legends that the page draws itself.
 
-Text of a record goes only into `text`, `hovertext` and names, with the markup characters escaped; plotly's template
-strings (`%{...}`) are not used.
+Text of a record goes only into `text`, `hovertext` and names, with the markup characters escaped; plotly's
+template strings (`%{...}`) are not used.
 """
 
 from __future__ import annotations
@@ -15,11 +15,21 @@ from typing import Any
 
 from cpbench.report.palette import MODE_DASH
 from cpbench.report.plots import thinned
-from cpbench.report.quantities import LINES, SPLITS, Bars, Line, Split, shown_panels
-from cpbench.report.series import Overview, Panel, Point, Series, format_ranks, mode_words
+from cpbench.report.quantities import (
+    LINES,
+    SPLITS,
+    Bars,
+    Line,
+    Split,
+    format_tick,
+    log_ticks,
+    log_title,
+    shown_panels,
+)
+from cpbench.report.series import Overview, Panel, Point, Series, format_ranks, mode_words, outcome_runs
 from cpbench.units import format_length, format_seconds
 
-_STRIP_PIXELS, _LINE_PIXELS, _BAR_PIXELS = 26, 320, 34
+_STRIP_PIXELS, _LINE_PIXELS, _BAR_PIXELS = 19, 320, 34
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +52,18 @@ class Chart:
     title: str
     """Of the panel; empty when there is one."""
     caption: str
+    """Follows the title: the length of stacked bars."""
+    note: str
+    """Who is missing in stacked bars."""
     legend: tuple[LegendItem, ...]
     figure: dict[str, Any]
     """`data` and `layout` of plotly; colours of text and grid are set by the page for light or dark."""
     height: int
     """Pixels."""
-    log_switch: bool
-    """The y axis may be switched to a log scale."""
+    scales: dict[str, dict[str, Any]] | None = None
+    """`linear` and `log`: the y axis on either scale; None where there is no choice."""
+    log: bool = False
+    """The chart starts on the log scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,23 +106,24 @@ def chart_groups(overview: Overview) -> tuple[ChartGroup, ...]:
 
 
 def _line_chart(line: Line, panel: Panel, number: int) -> Chart:
-    divisor, axis = line.scale(panel)
+    divisor, _ = line.scale(panel)
     failing = [series for series in panel.series if series.missing]
     strip = len(failing) * _STRIP_PIXELS
     height = _LINE_PIXELS + strip
     plot_height = height - 72
     split_at = 1 - (strip / plot_height if strip else 0)
+    scales, log = _scales(line, panel), line.spans_decades(panel)
     data = [_line_trace(line, series, f"s{i}", divisor) for i, series in enumerate(panel.series)]
     data += [
-        _strip_trace(series, f"s{panel.series.index(series)}", row) for row, series in enumerate(failing)
+        _strip_trace(series, panel.lengths, f"s{panel.series.index(series)}", row)
+        for row, series in enumerate(failing)
     ]
     layout: dict[str, Any] = {
         "xaxis": _length_axis(panel.lengths),
         "yaxis": {
-            "title": {"text": axis},
-            "rangemode": "tozero",
             "domain": [0, split_at - (0.02 if strip else 0)],
             "automargin": True,
+            **scales["log" if log else "linear"],
         },
         "hovermode": "closest",
         "margin": {"l": 56, "r": 12, "t": 12, "b": 52},
@@ -131,10 +147,12 @@ def _line_chart(line: Line, panel: Panel, number: int) -> Chart:
         name=f"{line.name}-{number}",
         title=panel.title,
         caption="",
+        note="",
         legend=_legend(panel),
         figure={"data": data, "layout": layout},
         height=height,
-        log_switch=True,
+        scales=scales,
+        log=log,
     )
 
 
@@ -154,7 +172,7 @@ def _line_trace(line: Line, series: Series, group: str, divisor: float) -> dict[
     }
 
 
-def _strip_trace(series: Series, group: str, row: int) -> dict[str, Any]:
+def _strip_trace(series: Series, lengths: Sequence[int], group: str, row: int) -> dict[str, Any]:
     """The cases of a series without numbers: an x at each length, in the strip above the curves."""
     return {
         "type": "scatter",
@@ -164,7 +182,7 @@ def _strip_trace(series: Series, group: str, row: int) -> dict[str, Any]:
         "yaxis": "y2",
         "x": [point.record.seq_len for point in series.missing],
         "y": [row] * len(series.missing),
-        "text": [f"{_safe(point.outcome.short)} " for point in series.missing],
+        "text": [f"{_safe(words)} " if words else "" for _, words in outcome_runs(series, lengths)],
         "textposition": "middle left",
         "textfont": {"size": 11},
         "hovertext": [
@@ -174,8 +192,36 @@ def _strip_trace(series: Series, group: str, row: int) -> dict[str, Any]:
         ],
         "hoverinfo": "text",
         "cliponaxis": False,
-        "marker": {"color": series.color, "symbol": "x-thin", "size": 9, "line": {"width": 3, "color": series.color}},
+        "marker": {
+            "color": series.color,
+            "symbol": "x-thin",
+            "size": 9,
+            "line": {"width": 3, "color": series.color},
+        },
     }
+
+
+def _scales(line: Line, panel: Panel) -> dict[str, dict[str, Any]]:
+    """The y axis from zero, and logarithmic with ticks that say the whole number."""
+    divisor, title = line.scale(panel)
+    found = [(line.value(point.record) or 0) / divisor for series in panel.series for point in series.plotted]
+    numbers = [number for number in found if number > 0] or [1.0]
+    ticks = log_ticks(min(numbers), max(numbers))
+    linear = {
+        "type": "linear",
+        "range": [0, max(numbers) * 1.08],
+        "tickmode": "auto",
+        "separatethousands": True,
+    }
+    log = {
+        "type": "log",
+        "title": {"text": log_title(title)},
+        "range": [math.log10(ticks[0]), math.log10(ticks[-1])],
+        "tickmode": "array",
+        "tickvals": ticks,
+        "ticktext": [format_tick(tick) for tick in ticks],
+    }
+    return {"linear": linear | {"title": {"text": title}, "exponentformat": "none"}, "log": log}
 
 
 def _hover(point: Point, series: Series, line: Line, value: float) -> str:
@@ -257,14 +303,14 @@ def _split_chart(split: Split, panel: Panel, bars: Bars, number: int) -> Chart:
     return Chart(
         name=f"{split.name}-{number}",
         title=panel.title,
-        caption=bars.caption,
+        caption=bars.where,
+        note=bars.absence,
         legend=tuple(
             LegendItem(group=f"s{i}", label=segment.name, color=segment.color, marker="block", dash="solid")
             for i, segment in enumerate(bars.segments)
         ),
         figure={"data": data, "layout": layout},
         height=72 + max(_BAR_PIXELS * len(names), 18 * lines),
-        log_switch=False,
     )
 
 

@@ -1,7 +1,7 @@
-"""Doubts about finished cases: a loss that differs from the one of `single`, and sources that changed in between.
+"""Doubts about finished cases: a loss that differs from the one of `single`, sources that changed in between.
 
-`single` is the reference because it has no communication that could be wrong.  A case whose loss differs is shown
-in the table and flagged, but takes part in no picture: its step did not compute the same thing.
+`single` is the reference because it has no communication that could be wrong.  A case whose loss differs is
+shown in the table and flagged, but takes part in no picture: its step did not compute the same thing.
 """
 
 from __future__ import annotations

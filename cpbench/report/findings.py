@@ -25,32 +25,32 @@ class Finding:
 
 
 def introduction(overview: Overview) -> tuple[str, ...]:
-    """Return the paragraphs that say what a reader looks at: the modes in words, and what they do not tell."""
+    """Return the paragraphs on what a reader looks at: the modes in words, and what they do not tell."""
     identities = [series.identity for panel in overview.panels for series in panel.series]
     modes = sorted({identity.mode for identity in identities}, reverse=True)
     places = sorted({mode_words(identity) for identity in identities})
     text = [
-        "This page compares context-parallel training methods on one shared stack: model, sharding, checkpointing, "
-        "optimizer, data and seed are equal, and only the attention method differs. "
+        "This page compares context-parallel training methods on one shared stack: model, sharding, "
+        "checkpointing, optimizer, data and seed are equal, and only the attention method differs. "
         f"Its numbers are {_join(places)}. " + " ".join(_MODE_TEXT[mode] for mode in modes)
     ]
     if any(point.record.mode == "measure" and point.record.device == "cpu" for point in overview.points):
         text.append(
-            "Ranks that ran on CPU are processes of this machine that share its processors: their memory is exact "
-            "(the CPU allocator's own events) and their loss real, but their times say little about GPUs."
+            "Ranks that ran on CPU are processes of this machine that share its processors: their memory is "
+            "exact (the CPU allocator's own events) and their loss real, but their times say little about GPUs."
         )
     worlds = {identity.world_size for identity in identities}
     if 1 in worlds and len(worlds) > 1:
         text.append(
-            "A series of 1 rank holds the whole sequence and all parameters, so its memory per rank is naturally "
-            "larger than that of the series that divide both over several ranks: it is the reference for the "
+            "A series of 1 rank holds the whole sequence and all parameters, so its memory per rank is "
+            "naturally larger than that of the series that divide both over several ranks: it is the reference for the "
             "loss, not a competitor."
         )
     return tuple(text)
 
 
 def findings(overview: Overview) -> tuple[Finding, ...]:
-    """Return counts of cases, and for a single panel the best method at the longest length that most reached."""
+    """Return the count of cases, and the best method of the fullest panel at its longest shared length."""
     outcomes = Counter(point.outcome.short for point in overview.points)
     done = sum(point.plotted for point in overview.points)
     others = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()) if name != "ok")
@@ -70,13 +70,15 @@ def findings(overview: Overview) -> tuple[Finding, ...]:
 
 
 _MODE_TEXT = {
-    "measure": "Measured: every rank was a real process, memory comes from its allocator and time from its clock.",
-    "emulate": "Emulated: one rank ran on one device with all its bytes; its memory and compute time are measured, "
-    "communication is modelled, and its loss means nothing.",
-    "estimate": "Estimated: nothing was run; memory is counted from the tensors of the step and time is modelled.",
+    "measure": "Measured: every rank was a real process; memory comes from its allocator, time from its clock.",
+    "emulate": "Emulated: one rank ran on one device with all its bytes; its memory and compute time are "
+    "measured, communication is modelled, and its loss means nothing.",
+    "estimate": "Estimated: nothing was run; memory is counted from the tensors of the step, time is modelled.",
 }
 
-_QUESTIONS: tuple[tuple[str, str, Callable[[float | None], str], Callable[..., tuple[float, Series]]], ...] = (
+_QUESTIONS: tuple[
+    tuple[str, str, Callable[[float | None], str], Callable[..., tuple[float, Series]]], ...
+] = (
     ("Least peak memory", "peak_allocated_bytes", format_bytes, min),
     ("Highest throughput", "tokens_per_second_per_gpu", lambda v: f"{format_rate(v)} tokens/s/rank", max),
     ("Least attention memory", "attention_intermediate_peak_bytes", format_bytes, min),
@@ -90,13 +92,17 @@ def _best(
     show: Callable[[float | None], str],
     best: Callable[..., tuple[float, Series]],
 ) -> Finding | None:
-    """The winner among the largest group of comparable series, at the longest length that two of them have."""
+    """The winner of the largest group of comparable series, at the longest length that two of them have."""
     groups: dict[tuple[object, ...], list[Series]] = {}
     for series in panel.series:
         identity = series.identity
-        groups.setdefault((identity.mode, identity.place, identity.world_size, identity.run), []).append(series)
+        groups.setdefault((identity.mode, identity.place, identity.world_size, identity.run), []).append(
+            series
+        )
     group = max(groups.values(), key=lambda g: (len(g), sum(len(s.plotted) for s in g)))
-    lengths = Counter(p.record.seq_len for s in group for p in s.plotted if _value(p.record, name) is not None)
+    lengths = Counter(
+        p.record.seq_len for s in group for p in s.plotted if _value(p.record, name) is not None
+    )
     shared = [length for length, count in lengths.items() if count > 1]
     if not shared:
         return None

@@ -32,10 +32,10 @@ def to_frame(entries: Sequence[Entry]) -> pd.DataFrame:
         for entry, check in zip(entries, check_losses(entries), strict=True)
     ]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {
-        name: pd.array([row.get(name) for row in rows], dtype=_column_type(name))  # type: ignore[call-overload]
-        for name in names
-    }
+    columns: dict[str, Any] = {}
+    for name in names:
+        kind: Any = _column_type(name)
+        columns[name] = pd.array([row.get(name) for row in rows], dtype=kind)
     return pd.DataFrame(columns)
 
 

@@ -1,7 +1,7 @@
 """Reads run folders into entries: a record and the run it came from.
 
-A record that is too new, truncated, not JSON or implausible is named and skipped.  `run.json` is read tolerantly:
-it adds the command and the dates, and a report is complete without it.
+A record that is too new, truncated, not JSON or implausible is named and skipped.  `run.json` is read
+tolerantly: it adds the command and the dates, and a report is complete without it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class RunFacts:
 
     name: str
     records: int
+    planned: int | None = None
+    """Cases that the run was to have."""
     command: str | None = None
     scenario: str | None = None
     description: str | None = None
@@ -119,13 +121,16 @@ def _record_files(folder: Path) -> list[Path]:
     try:
         files = sorted(path for path in source.glob("*.json") if not path.name.startswith("."))
     except OSError as error:
-        raise RunFolderError(f"run {folder} cannot be read: {error.strerror}; check its permissions") from error
+        raise RunFolderError(
+            f"run {folder} cannot be read: {error.strerror}; check its permissions"
+        ) from error
     return [path for path in files if source is cases or path.name not in ("run.json", "machine.json")]
 
 
 def _nothing_to_read(folder: Path, problems: Sequence[str]) -> str:
     if not problems:
-        return f"run {folder} holds no record; expected {folder / 'cases'}/*.json. Has its sweep finished a case?"
+        where = folder / "cases"
+        return f"run {folder} holds no record; expected {where}/*.json. Has its sweep finished a case?"
     shown = "\n  ".join(problems[:5]) + ("\n  ..." if len(problems) > 5 else "")
     return f"run {folder} holds no record that can be read ({len(problems)} skipped):\n  {shown}"
 
@@ -167,8 +172,9 @@ def _run_facts(folder: Path, name: str, records: int) -> RunFacts:
         command=_text(command),
         scenario=_text(scenario.get("name") if isinstance(scenario, dict) else scenario),
         description=_text(scenario.get("description")) if isinstance(scenario, dict) else None,
-        started=_text(raw.get("started")),
-        ended=_text(raw.get("ended")),
+        planned=len(raw["case_ids"]) if isinstance(raw.get("case_ids"), list) else None,
+        started=_text(raw.get("start")),
+        ended=_text(raw.get("end")),
         git_commit=_text(raw.get("git_commit")),
         versions=tuple(
             (_clean(str(key)), _clean(str(value)))

@@ -1,7 +1,7 @@
 """Everything to one HTML page that needs no network and no other file, and the files beside it.
 
-The page states its own content security policy: nothing may be loaded, and only the scripts written here (named by
-their hashes) may run, so that even an escaping mistake could not make a foreign record run code.
+The page states its own content security policy: nothing may be loaded, and only the scripts written here
+(named by their hashes) may run, so that even an escaping mistake could not make a foreign record run code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,11 @@ def render_page(overview: Overview, loaded: Loaded, beside: Sequence[str]) -> st
 
     templates = _templates()
     groups = chart_groups(overview)
-    scripts = [_source(templates, "errors.js.jinja"), str(get_plotlyjs()), _source(templates, "page.js.jinja")]
+    scripts = [
+        _source(templates, "errors.js.jinja"),
+        str(get_plotlyjs()),
+        _source(templates, "page.js.jinja"),
+    ]
     page: str = templates.get_template("page.html.jinja").render(
         version=__version__,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -81,28 +84,30 @@ def render_page(overview: Overview, loaded: Loaded, beside: Sequence[str]) -> st
         environment=environment(overview, loaded),
         skipped=loaded.skipped,
         beside=beside,
-        style=Markup(_source(templates, "style.css.jinja")),  # noqa: S704 - our own file
-        scripts=[Markup(script) for script in scripts],  # noqa: S704 - our own files and plotly's
-        data=Markup(json_for_script(_chart_data(groups))),  # noqa: S704 - made safe for a script element
+        style=Markup(_source(templates, "style.css.jinja")),
+        scripts=[Markup(script) for script in scripts],
+        data=Markup(json_for_script(_chart_data(groups))),
         policy=_policy(scripts),
     )
     return page
 
 
 def json_for_script(value: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Return JSON that can stand inside a <script> element: no text in it can end the element or open a comment."""
+    """Return JSON for the inside of a <script>: no text in it can end the element or open a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII: U+2028 and U+2029 are escaped
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _chart_data(groups: Sequence[ChartGroup]) -> dict[str, Any]:
     charts = [chart for group in groups for chart in group.charts]
-    return {chart.name: {"figure": chart.figure, "legend": [asdict(i) for i in chart.legend]} for chart in charts}
+    return {chart.name: {"figure": chart.figure, "scales": chart.scales} for chart in charts}
 
 
 def _policy(scripts: Sequence[str]) -> str:
     """Nothing is fetched; plotly sets styles from code and draws its exported pictures from data URLs."""
-    digests = [base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode() for script in scripts]
+    digests = [
+        base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode() for script in scripts
+    ]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "

@@ -1,12 +1,13 @@
 """Colours, markers and names that stay the same in every picture: a method looks alike everywhere.
 
-The colours of methods follow Okabe and Ito, those of categories Paul Tol's "muted" scheme; both stay apart under
-the common colour-vision deficiencies and are readable on a white and on a near-black ground.
+The colours of methods follow Okabe and Ito, those of categories Paul Tol's "muted" scheme; both stay apart
+under the common colour-vision deficiencies and are readable on a white and on a near-black ground.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cpbench.case import Mode
@@ -28,19 +29,22 @@ _METHOD_STYLE: dict[str, tuple[str, str]] = {
 _PLUGIN_COLORS = ("#a6761d", "#b5a11c", "#d94f8a", "#2aa7a0", "#7570b3", "#8a9a3b")
 _PLUGIN_MARKERS = ("star", "cross", "pentagon", "hexagon", "triangle-down", "star-square")
 
-_CATEGORY_COLORS = (
-    "#4b5fc0",
-    "#88ccee",
-    "#44aa99",
-    "#2f8f4e",
-    "#ddcc77",
-    "#cc6677",
-    "#aa4499",
-    "#999933",
-    "#b0743c",
-    "#7fa8a0",
-)
-_OTHER_COLOR = "#9aa3ad"
+_CATEGORY_COLORS = {
+    "sharded_parameters": "#4b5fc0",
+    "gradients": "#88ccee",
+    "optimizer": "#44aa99",
+    "unsharded_parameters": "#2f8f4e",
+    "communication_buffers": "#999933",
+    "residual": "#ddcc77",
+    "attention": "#cc6677",
+    "mlp": "#aa4499",
+    "norm": "#7b5fb0",
+    "loss": "#b0743c",
+    "kernel_scratch": "#6f9fa8",
+    "other": "#9aa3ad",
+}
+"""In the order of the stack: what a step always needs first, what it needs for a moment last."""
+_UNKNOWN_CATEGORY_COLORS = ("#d9902f", "#5a8f3c", "#c7579a", "#5b7bb5", "#a8873f", "#7f6fae")
 
 PHASES: tuple[tuple[str, str, str], ...] = (
     ("forward_seconds", "forward", "#4b8fd0"),
@@ -97,11 +101,22 @@ def method_rank(method: str) -> tuple[int, str]:
     return (METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER), method)
 
 
-def category_colors(categories: tuple[str, ...]) -> dict[str, str]:
-    """Return a colour for each category of memory, in the order given; `other` is always grey."""
-    named = [name for name in categories if name != "other"]
-    colors = {name: _CATEGORY_COLORS[i % len(_CATEGORY_COLORS)] for i, name in enumerate(named)}
-    return colors | {"other": _OTHER_COLOR}
+def category_colors(sizes: Mapping[str, float], most: int) -> dict[str, str]:
+    """Return the colours of the categories to show, in the order of the stack, `other` last.
+
+    Args:
+        sizes: the largest size of each category.
+        most: how many to show; the smallest of the others belong to `other`.
+    """
+    ranked = sorted(
+        (name for name, size in sizes.items() if size > 0 and name != "other"), key=lambda n: -sizes[n]
+    )
+    kept = set(ranked[:most])
+    known = [name for name in _CATEGORY_COLORS if name in kept]
+    unknown = sorted(kept - set(known))
+    colors = {name: _CATEGORY_COLORS[name] for name in known}
+    colors |= {name: _UNKNOWN_CATEGORY_COLORS[i % 6] for i, name in enumerate(unknown)}
+    return colors | {"other": _CATEGORY_COLORS["other"]}
 
 
 def _shaded(color: str, amount: float) -> str:

@@ -1,8 +1,8 @@
-"""The questions that pictures and charts answer, and how their numbers become marks: the same in PNG and on the page.
-"""
+"""The questions that pictures and charts answer, and how numbers become marks: alike in PNG and on the page."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +15,9 @@ from cpbench.units import GIB, KIB, MIB, format_bytes, format_length, format_rat
 MAX_PANELS = 12
 """More panels than this make a picture that nobody reads; the rest is in the tables only."""
 
-_MAX_SEGMENTS = 10
+_MAX_SEGMENTS = 11
+_LOG_FROM = 5.0
+"""Largest over smallest number from which the y axis is logarithmic (and says so)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,12 @@ class Line:
             return 1.0, self.axis
         return byte_scale(self.axis, max(numbers, default=0.0))
 
+    def spans_decades(self, panel: Panel) -> bool:
+        """Whether a linear axis would squeeze the small numbers together, so that a log axis reads better."""
+        found = [self.value(point.record) or 0.0 for series in panel.series for point in series.plotted]
+        numbers = [number for number in found if number > 0]
+        return bool(numbers) and max(numbers) / min(numbers) > _LOG_FROM
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
@@ -73,10 +81,14 @@ class Bars:
     """Labels of the series without a value at this length."""
 
     @property
-    def caption(self) -> str:
-        """The length, and who is missing there."""
-        missing = f"; not shown, no result there: {', '.join(self.absent)}" if self.absent else ""
-        return f"at {format_length(self.length)} tokens{missing}"
+    def where(self) -> str:
+        """The length in words."""
+        return f"at {format_length(self.length)} tokens"
+
+    @property
+    def absence(self) -> str:
+        """Who is missing there, as a sentence; empty when nobody is."""
+        return f"Without a result there: {', '.join(self.absent)}." if self.absent else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,15 +137,14 @@ class Split:
                 for name, color in names.items()
             )
         largest = {key: max(row.get(key, 0.0) for row in table) for row in table for key in row}
-        ranked = sorted((key for key in largest if largest[key] > 0 and key != "other"), key=lambda k: -largest[k])
-        shown = ranked[:_MAX_SEGMENTS]
-        colors = category_colors(tuple(shown))
-        segments = [
-            Segment(name=name, color=colors[name], values=tuple(row.get(name, 0.0) for row in table)) for name in shown
-        ]
-        rest = tuple(sum(value for key, value in row.items() if key not in shown) for row in table)
-        if any(rest):
-            segments.append(Segment(name="other", color=colors["other"], values=rest))
+        colors = category_colors(largest, _MAX_SEGMENTS)
+        rest = {key for key in largest if key not in colors} | {"other"}
+        segments = []
+        for name, color in colors.items():
+            keys = rest if name == "other" else {name}
+            values = tuple(sum(row.get(key, 0.0) for key in keys) for row in table)
+            if any(values):
+                segments.append(Segment(name=name.replace("_", " "), color=color, values=values))
         return tuple(segments)
 
 
@@ -143,6 +154,31 @@ def byte_scale(axis: str, largest: float) -> tuple[float, str]:
         if largest >= factor:
             return factor, f"{axis} ({unit})"
     return 1.0, f"{axis} (bytes)"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times the powers of ten from just below `low` to just above `high`; both positive."""
+    steps = [
+        m * 10.0**e
+        for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for m in (1, 2, 5)
+    ]
+    first = max((step for step in steps if step <= low), default=steps[0])
+    last = min((step for step in steps if step >= high), default=steps[-1])
+    ticks = [step for step in steps if first <= step <= last]
+    if len(ticks) <= 12:
+        return ticks
+    return [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+
+
+def log_title(title: str) -> str:
+    """Return the title of a linear axis as the one of a logarithmic axis."""
+    return f"{title.removesuffix(')')}, log scale)" if title.endswith(")") else f"{title} (log scale)"
+
+
+def format_tick(value: float) -> str:
+    """Return a number of an axis, with a thousands separator and without a needless fraction."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:g}"
 
 
 def shown_panels(overview: Overview) -> tuple[tuple[Panel, ...], str]:
@@ -172,7 +208,8 @@ LINES: tuple[Line, ...] = (
         axis="Tokens/s per rank",
         field="tokens_per_second_per_gpu",
         unit="rate",
-        note="Tokens of a step over the median step time and the number of ranks; a rank is a GPU, or a CPU process.",
+        note="Tokens of a step over the median step time and the number of ranks; a rank is a GPU, or a CPU
+        process.",
     ),
     Line(
         name="attention_intermediates",
@@ -180,7 +217,8 @@ LINES: tuple[Line, ...] = (
         axis="Attention intermediates",
         field="attention_intermediate_peak_bytes",
         unit="bytes",
-        note="Peak of what an attention block holds beyond its input and output, on the rank that needs most.",
+        note="Peak of what an attention block holds beyond its input and output, on the rank that needs
+        most.",
     ),
 )
 
@@ -199,9 +237,8 @@ SPLITS: tuple[Split, ...] = (
         title="Where the step time goes",
         axis="Step time",
         unit="seconds",
-        note="Medians of the slowest rank; each part has its own median, so parts need not add up to the whole "
-        "step, whose median stands at the end of the bar.",
-        parts=_phases,
-        total=lambda record: record.step_seconds,
+        note="Medians of the slowest rank; each part has its own median, so parts need not add up to the whole
+        " "step, whose median stands at the end of the bar.", parts=_phases, total=lambda record:
+        record.step_seconds,
     ),
 )

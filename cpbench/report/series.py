@@ -1,8 +1,9 @@
 """Entries to panels of labelled series: what may be joined by a line, and what each line must be called.
 
-A *panel* holds what answers one question: one model, dtype, stack and batch size.  Within it a *series* joins the
-lengths of one method under one identity (see `Identity`): mode, machine, number of ranks, options, kernel, ...
-A part of the identity that is the same everywhere is said once, in the subtitle; one that varies is in every label.
+A *panel* holds what answers one question: one model, dtype, stack and batch size.  Within it a *series* joins
+the lengths of one method under one identity (see `Identity`): mode, machine, number of ranks, options,
+kernel, ... A part of the identity that is the same everywhere is said once, in the subtitle; one that varies
+is in every label.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from cpbench.model_config import ModelConfig
 from cpbench.record import Record
 from cpbench.report.checks import LossCheck, check_losses
 from cpbench.report.load import Entry
-from cpbench.report.palette import LOSS_DIFFERS, STATUS_WORDS, StatusWords, method_rank, method_style
+from cpbench.report.palette import (
+    LOSS_DIFFERS,
+    MODE_WORD,
+    STATUS_WORDS,
+    StatusWords,
+    method_rank,
+    method_style,
+)
 from cpbench.units import GIB
 
 Places = Mapping[Machine, str]
@@ -57,7 +65,9 @@ class Identity:
     ring_degree: int | None
     mode: Mode
     place: str
-    """Where the numbers were made or which machine they are estimated for."""
+    """The machine that made the numbers, or the machine profile that they are estimated for."""
+    communication: str | None
+    """Emulation only: the machine profile whose communication is modelled."""
     torch: str | None
     attention_backend: str | None
     seed: int
@@ -87,7 +97,11 @@ class Point:
     @property
     def outcome(self) -> StatusWords:
         """Why it is not plotted, or that it finished."""
-        return LOSS_DIFFERS if self.record.status == "ok" and self.loss.differs else STATUS_WORDS[self.record.status]
+        return (
+            LOSS_DIFFERS
+            if self.record.status == "ok" and self.loss.differs
+            else STATUS_WORDS[self.record.status]
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +165,7 @@ def arrange(entries: Sequence[Entry]) -> Overview:
     grouped = {key: _latest(found) for key, found in grouped.items()}
     settings = sorted({setting for setting, _ in grouped}, key=_setting_order)
     identities = [identity for _, identity in grouped]
-    varying = {name for name in _COMMON_PARTS if len(_known(identities, name)) > 1}
+    varying = _varying(identities)
     titles = _panel_titles(settings)
     panels = []
     for setting in settings:
@@ -166,8 +180,26 @@ def arrange(entries: Sequence[Entry]) -> Overview:
     )
 
 
+def outcome_runs(series: Series, lengths: Sequence[int]) -> list[tuple[Point, str]]:
+    """Return the points without numbers, each with the words to write beside it.
+
+    Only the first of neighbouring lengths with one outcome carries words: `OOM x x x`, not `OOM x OOM x OOM
+    x`.
+    """
+    found: list[tuple[Point, str]] = []
+    before: tuple[int, str] | None = None
+    for point in series.missing:
+        position, words = lengths.index(point.record.seq_len), point.outcome.short
+        found.append((point, "" if before == (position - 1, words) else words))
+        before = (position, words)
+    return found
+
+
 def shared_length(panel: Panel, has_value: Callable[[Record], bool]) -> tuple[int | None, tuple[Series, ...]]:
-    """Return the longest length common to most series of a panel, and the series that have a value there."""
+    """Return the longest length common to most series of a panel, and the series with a value there.
+
+    Series of one rank are shown where they can be, but do not hold the others back.
+    """
     having: dict[int, list[Series]] = defaultdict(list)
     for series in panel.series:
         for point in series.plotted:
@@ -175,7 +207,10 @@ def shared_length(panel: Panel, has_value: Callable[[Record], bool]) -> tuple[in
                 having[point.record.seq_len].append(series)
     if not having:
         return None, ()
-    length = max(having, key=lambda seq_len: (len(having[seq_len]), seq_len))
+    # One rank alone runs out of memory first; the others are not to be judged at the length where it did.
+    many = max(series.identity.world_size for series in panel.series)
+    rivals = {n: sum(s.identity.world_size > 1 or many == 1 for s in found) for n, found in having.items()}
+    length = max(having, key=lambda seq_len: (rivals[seq_len], seq_len))
     return length, tuple(having[length])
 
 
@@ -206,11 +241,13 @@ def format_params(count: int) -> str:
 
 def mode_words(identity: Identity) -> str:
     """Say how the numbers of a series came to be and where."""
-    if identity.mode == "measure":
-        return f"measured on {identity.place}"
-    if identity.mode == "emulate":
-        return f"emulated, one rank of {identity.world_size} on {identity.place}"
-    return f"estimated for {identity.place}"
+    modelled = f" with the communication of {identity.communication}" if identity.communication else ""
+    return place_words(identity) + modelled
+
+
+def place_words(identity: Identity) -> str:
+    """Say the mode and the place, short enough for a label."""
+    return f"{MODE_WORD[identity.mode]} {'for' if identity.mode == 'estimate' else 'on'} {identity.place}"
 
 
 def format_ranks(count: int) -> str:
@@ -225,11 +262,10 @@ def machine_names(machines: Iterable[Machine | None]) -> dict[Machine, str]:
     for machine in machines:
         if machine is None or machine in names:
             continue
-        # Versions of the system change without the machine becoming another one; total memory varies by some MiB.
-        memory = tuple((gpu.name, round(gpu.memory_bytes / GIB)) for gpu in machine.gpus)
-        facts = (machine.cpu, machine.cpu_count, round(machine.host_memory_bytes / GIB), memory)
-        alike = groups[machine.name]
-        if facts not in alike:
+        # Versions of the system change without the machine becoming another one; total memory varies by some
+        MiB. memory = tuple((gpu.name, round(gpu.memory_bytes / GIB)) for gpu in machine.gpus) facts =
+        (machine.cpu, machine.cpu_count, round(machine.host_memory_bytes / GIB), memory) alike =
+        groups[machine.name] if facts not in alike:
             alike.append(facts)
         number = alike.index(facts) + 1
         names[machine] = machine.name if number == 1 else f"{machine.name} #{number}"
@@ -248,6 +284,7 @@ def identity_of(entry: Entry, places: Places, *, by_run: bool) -> Identity:
         ring_degree=record.ring_degree,
         mode=record.mode,
         place=_place(record, places),
+        communication=record.hardware if record.mode == "emulate" else None,
         torch=record.torch,
         attention_backend=record.attention_backend,
         seed=record.seed,
@@ -263,16 +300,15 @@ def _place(record: Record, places: Places) -> str:
     machine = places[record.machine] if record.machine else "an unknown machine"
     if record.device == "cpu" and not machine.startswith("cpu"):
         machine += ", CPU processes"
-    if record.mode == "emulate":
-        machine += f" (communication modelled for {record.hardware})" if record.hardware else ""
     return machine
 
 
 _COMMON_PARTS: dict[str, Callable[[Identity], str]] = {
     "world_size": lambda i: format_ranks(i.world_size),
     "nodes": lambda i: f"{i.nodes} node" + ("s" if i.nodes > 1 else ""),
-    "mode": mode_words,
-    "place": mode_words,
+    "mode": lambda i: MODE_WORD[i.mode],
+    "place": place_words,
+    "communication": lambda i: f"communication of {i.communication}" if i.communication else "",
     "torch": lambda i: f"torch {i.torch}" if i.torch else "",
     "attention_backend": lambda i: i.attention_backend or "",
     "seed": lambda i: f"seed {i.seed}",
@@ -282,12 +318,30 @@ _COMMON_PARTS: dict[str, Callable[[Identity], str]] = {
 }
 """Parts that a label names when they vary over the report; the method's own parts vary within the method."""
 
+_FOLLOWS_PLACE = ("torch", "attention_backend")
+"""Parts that differ between machines as a matter of course: named only when they differ on one machine."""
+
 _FILLED_ON_RESOLUTION = ("ulysses_degree", "ring_degree", "torch", "attention_backend")
 """Parts that a case which did not run may lack."""
 
 
 def _known(identities: Iterable[Identity], name: str) -> set[object]:
     return {value for identity in identities if (value := getattr(identity, name)) is not None}
+
+
+def _varying(identities: Sequence[Identity]) -> set[str]:
+    """The common parts that every label must name."""
+    here: dict[tuple[str, str], list[Identity]] = defaultdict(list)
+    for identity in identities:
+        here[identity.mode, identity.place].append(identity)
+    varying = {name for name in _COMMON_PARTS if len(_known(identities, name)) > 1}
+    varying -= {n for n in _FOLLOWS_PLACE if all(len(_known(group, n)) < 2 for group in here.values())}
+    # Where each mode has one place, the word of the mode is enough: the subtitle says where.
+    if "place" in varying and len(here) == len({mode for mode, _ in here}):
+        varying.remove("place")
+    if "place" in varying:
+        varying.discard("mode")  # the words for the place begin with the mode
+    return varying
 
 
 _Groups = dict[tuple[Setting, Identity], list[Point]]
@@ -364,13 +418,9 @@ def _subtitle(settings: Sequence[Setting], identities: Sequence[Identity]) -> st
     worlds = sorted(_known(identities, "world_size"), key=str)
     if len(worlds) == 1:
         words.append(format_ranks(identities[0].world_size))
-    modes = {mode_words(identity) if len(worlds) < 2 else _mode_words_any_world(identity) for identity in identities}
-    words.append(modes.pop() if len(modes) == 1 else "by series: " + "; ".join(sorted(modes)))
+    modes = sorted({mode_words(identity) for identity in identities}, reverse=True)
+    words.append(modes[0] if len(modes) == 1 else "by series: " + ", ".join(modes[:-1]) + " or " + modes[-1])
     return " \u00b7 ".join(words)
-
-
-def _mode_words_any_world(identity: Identity) -> str:
-    return mode_words(identity).replace(f"one rank of {identity.world_size} on", "one rank of many on")
 
 
 def _series(members: Mapping[Identity, Sequence[Point]], varying: set[str]) -> tuple[Series, ...]:
@@ -383,13 +433,20 @@ def _series(members: Mapping[Identity, Sequence[Point]], varying: set[str]) -> t
         alike = [other for other in ordered if other.method == identity.method]
         label = _label(identity, alike, varying)
         result.append(
-            Series(identity=identity, label=label, color=color, marker=marker, points=tuple(members[identity]))
+            Series(
+                identity=identity, label=label, color=color, marker=marker, points=tuple(members[identity])
+            )
         )
     return tuple(result)
 
 
 def _identity_order(identity: Identity) -> tuple[object, ...]:
-    return (method_rank(identity.method), *(_sortable(getattr(identity, f.name)) for f in fields(identity)))
+    modes = ("measure", "emulate", "estimate")
+    return (
+        method_rank(identity.method),
+        modes.index(identity.mode),
+        *(_sortable(getattr(identity, f.name)) for f in fields(identity)),
+    )
 
 
 def _sortable(value: object) -> tuple[int, str]:
@@ -409,4 +466,5 @@ def _label(identity: Identity, alike: Sequence[Identity], varying: set[str]) -> 
             words.append(f"{letter} degree {getattr(identity, name) or '?'}")
     words += [say(identity) for name, say in _COMMON_PARTS.items() if name in varying]
     unique = list(dict.fromkeys(word for word in words if word))
-    return f"{identity.method} ({', '.join(unique)})" if unique else identity.method
+    method = identity.method or "(unnamed)"
+    return f"{method} ({', '.join(unique)})" if unique else method

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from cpbench.record import Record
 from cpbench.report.checks import mixed_sources
 from cpbench.report.load import Loaded, RunFacts
-from cpbench.report.palette import MODE_WORD
-from cpbench.report.series import Overview, Panel, Point, Series, format_ranks, mode_words, stack_words
+from cpbench.report.palette import MODE_WORD, StatusWords
+from cpbench.report.series import Overview, Panel, Point, Series, stack_words
 from cpbench.units import format_bytes, format_length, format_rate, format_seconds
 
 MISSING = "-"
@@ -56,7 +56,7 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Failure:
-    """A case without a plotted number, and why."""
+    """Cases of one series without a plotted number, and why: the same outcome for the same reason."""
 
     case: str
     status: str
@@ -71,10 +71,12 @@ class Failure:
 def results_table(overview: Overview) -> Table:
     """Return one row a case; columns that say nothing here are left out.
 
-    A describing column is left out when it is equal in every row (the subtitle says it), a measured one when no
-    case has a value.
+    A describing column is left out when it is equal in every row (the subtitle says it), a measured one when
+    no case has a value.
     """
-    pairs = [(point, series) for panel in overview.panels for series in panel.series for point in series.points]
+    pairs = [
+        (point, series) for panel in overview.panels for series in panel.series for point in series.points
+    ]
     columns: list[Column] = []
     cells: list[list[Cell]] = []
     left_out: list[str] = []
@@ -93,13 +95,16 @@ def failures(overview: Overview) -> tuple[Failure, ...]:
     found = []
     for panel in overview.panels:
         for series in panel.series:
+            alike: dict[tuple[StatusWords, str], list[Point]] = {}
             for point in series.missing:
-                first, _, rest = _reason(point).strip().partition("\n")
+                alike.setdefault((point.outcome, _reason(point).strip()), []).append(point)
+            for (outcome, reason), points in alike.items():
+                first, _, rest = reason.partition("\n")
                 found.append(
                     Failure(
-                        case=case_title(point, series, panel),
-                        status=point.outcome.short,
-                        kind=point.outcome.long,
+                        case=case_title(points, series, panel),
+                        status=outcome.short,
+                        kind=outcome.long,
                         reason=first,
                         details=rest.strip("\n"),
                     )
@@ -113,20 +118,26 @@ def warnings(overview: Overview, loaded: Loaded) -> tuple[str, ...]:
     for panel in overview.panels:
         for series in panel.series:
             for point in series.points:
-                found += [f"{case_title(point, series, panel)}: {text}" for text in point.record.warnings]
+                found += [f"{case_title([point], series, panel)}: {text}" for text in point.record.warnings]
     found += mixed_sources(loaded.entries)
     commits = {entry.record.git_commit for entry in loaded.entries if entry.record.git_commit}
     if len(commits) > 1:
         found.append(f"the cases were run at {len(commits)} commits: {', '.join(sorted(commits))}")
+    for run in loaded.runs:
+        if run.planned is not None and run.planned > run.records:
+            found.append(
+                f"run {run.name} is not complete: {run.records} of {run.planned} cases have a readable record"
+            )
     if overview.replaced:
         found.append(f"{overview.replaced} older copies of a case are not shown; the one started last is")
     return tuple(dict.fromkeys(found))
 
 
-def case_title(point: Point, series: Series, panel: Panel) -> str:
-    """Return the name of a case in a sentence, for example `ring (4 ranks), 128K`."""
+def case_title(points: Sequence[Point], series: Series, panel: Panel) -> str:
+    """Return the name of cases in a sentence, for example `ring (4 ranks), 128K, 256K`."""
+    lengths = ", ".join(format_length(point.record.seq_len) for point in points)
     where = f" [{panel.title}]" if panel.title else ""
-    return f"{series.label}, {format_length(point.record.seq_len)}{where}"
+    return f"{series.label}, {lengths}{where}"
 
 
 def loss_note(overview: Overview) -> str:
@@ -150,7 +161,10 @@ def summary_markdown(overview: Overview, loaded: Loaded) -> str:
     lines.append("|" + "|".join("---:" if column.numeric else "---" for column in table.columns) + "|")
     lines += ["| " + " | ".join(_markdown(cell.text) for cell in row) + " |" for row in table.rows]
     sections = (
-        ("Without a result", [f"{f.case}: **{_markdown(f.status)}**: {_markdown(f.reason)}" for f in failures(overview)]),
+        (
+            "Without a result",
+            [f"{f.case}: **{_markdown(f.status)}**: {_markdown(f.reason)}" for f in failures(overview)],
+        ),
         ("Warnings", [_markdown(text) for text in warnings(overview, loaded)]),
         ("Skipped files", [_markdown(text) for text in loaded.skipped]),
     )
@@ -169,8 +183,11 @@ def _run_facts(run: RunFacts, overview: Overview) -> tuple[tuple[str, str], ...]
     records = [point.record for point in overview.points if point.entry.run == run.name]
     machines = {record.machine for record in records if record.machine}
     facts: list[tuple[str, str]] = [("Command", run.command or ""), ("Scenario", run.scenario or "")]
-    facts += [("Started", run.started or min((r.started for r in records), default="")), ("Ended", run.ended or "")]
-    facts.append(("Records", str(run.records)))
+    facts += [
+        ("Started", run.started or min((r.started for r in records), default="")),
+        ("Ended", run.ended or ""),
+    ]
+    facts.append(("Records", str(run.records) + (f" of {run.planned} planned" if run.planned else "")))
     for machine in sorted(machines, key=lambda m: m.name):
         memory = format_bytes(machine.host_memory_bytes)
         gpus = [f"{gpu.name} ({format_bytes(gpu.memory_bytes)})" for gpu in machine.gpus]
@@ -228,7 +245,9 @@ def _status(point: Point, _: Series) -> Cell:
 
 def _loss_difference(point: Point, _: Series) -> Cell:
     relative = point.loss.relative
-    return Cell(MISSING if relative is None else f"{relative:.1e}", relative, "bad" if point.loss.differs else "")
+    return Cell(
+        MISSING if relative is None else f"{relative:.1e}", relative, "bad" if point.loss.differs else ""
+    )
 
 
 def _float(value: float | None, digits: str = ".4g") -> str:
@@ -241,7 +260,11 @@ def _percent(value: float | None) -> str:
 
 _COLUMNS: tuple[Column, ...] = (
     Column(
-        title="Method", about="Context-parallel method", cell=_text(lambda r: r.method), numeric=False, always=True
+        title="Method",
+        about="Context-parallel method",
+        cell=_text(lambda r: r.method),
+        numeric=False,
+        always=True,
     ),
     Column(
         title="Options",
@@ -263,7 +286,12 @@ _COLUMNS: tuple[Column, ...] = (
     ),
     Column(title="Batch", about="Sequences per step", cell=_text(lambda r: str(r.batch_size)), numeric=False),
     Column(title="Dtype", about="Compute dtype", cell=_text(lambda r: r.dtype), numeric=False),
-    Column(title="Stack", about="Checkpointing, offload, tiling", cell=_text(lambda r: stack_words(r.stack)), numeric=False),
+    Column(
+        title="Stack",
+        about="Checkpointing, offload, tiling",
+        cell=_text(lambda r: stack_words(r.stack)),
+        numeric=False,
+    ),
     Column(
         title="Mode",
         about="How the numbers came to be",
@@ -317,20 +345,33 @@ _COLUMNS: tuple[Column, ...] = (
     ),
     Column(title="Forward", about="Forward pass, median", cell=_number("forward_seconds", format_seconds)),
     Column(title="Backward", about="Backward pass, median", cell=_number("backward_seconds", format_seconds)),
-    Column(title="Optimizer", about="Clip and update, median", cell=_number("optimizer_seconds", format_seconds)),
-    Column(title="Tokens/s", about="Tokens per second, all ranks", cell=_number("tokens_per_second", format_rate)),
+    Column(
+        title="Optimizer", about="Clip and update, median", cell=_number("optimizer_seconds", format_seconds)
+    ),
+    Column(
+        title="Tokens/s", about="Tokens per second, all ranks", cell=_number("tokens_per_second", format_rate)
+    ),
     Column(
         title="Tokens/s/rank",
         about="Tokens per second and rank",
         cell=_number("tokens_per_second_per_gpu", format_rate),
         always=True,
     ),
-    Column(title="TFLOP/s/rank", about="Model FLOPs, 1e12 per second and rank", cell=_number("tflops_per_gpu", _float)),
+    Column(
+        title="TFLOP/s/rank",
+        about="Model FLOPs, 1e12 per second and rank",
+        cell=_number("tflops_per_gpu", _float),
+    ),
     Column(title="MFU", about="Model FLOPs over the device's dense peak", cell=_number("mfu", _percent)),
-    Column(title="Loss", about="Mean loss after the last step", cell=_number("loss", lambda v: _float(v, ".5f"))),
+    Column(
+        title="Loss", about="Mean loss after the last step", cell=_number("loss", lambda v: _float(v, ".5f"))
+    ),
     Column(title="Loss vs single", about="Relative difference to single", cell=_loss_difference),
     Column(
-        title="Kernel", about="Attention kernel that ran", cell=_text(lambda r: r.attention_backend or ""), numeric=False
+        title="Kernel",
+        about="Attention kernel that ran",
+        cell=_text(lambda r: r.attention_backend or ""),
+        numeric=False,
     ),
     Column(title="Run", about="Run folder", cell=lambda p, _: Cell(p.entry.run, p.entry.run), numeric=False),
 )

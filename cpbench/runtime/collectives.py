@@ -100,39 +100,36 @@ def ring_pass(tensors: Sequence[Tensor], group: Group, *, into: Sequence[Tensor]
     return RingPass(works=dist.batch_isend_irecv(operations), received=received, sent=tuple(tensors))
 
 
-def _all_to_all(args: Sequence[Any]) -> int:
-    inputs, n = args[1], _group_size(args[2])
-    return _nbytes(inputs) * (n - 1) // n
+def _all_to_all(size: int, n: int) -> int:
+    return size * (n - 1) // n
 
 
-def _all_gather(args: Sequence[Any]) -> int:
-    return _nbytes(args[1]) * (_group_size(args[2]) - 1)
+def _all_gather(size: int, n: int) -> int:
+    return size * (n - 1)
 
 
-def _reduce_scatter(args: Sequence[Any]) -> int:
-    n = _group_size(args[2])
-    return _nbytes(args[1]) * (n - 1) // n
+def _all_reduce(size: int, n: int) -> int:
+    return 2 * size * (n - 1) // n
 
 
-def _all_reduce(args: Sequence[Any]) -> int:
-    n = _group_size(args[1])
-    return 2 * _nbytes(args[0]) * (n - 1) // n
+def _send(size: int, n: int) -> int:
+    return size
 
 
-def _send(args: Sequence[Any]) -> int:
-    return _nbytes(args[0])
-
-
-# Operators by the name torch gives them; 2.11 to 2.13 differ in which all-gather they call.
-_KINDS: dict[str, tuple[str, Callable[[Sequence[Any]], int]]] = {
-    "alltoall_base_": ("all_to_all", _all_to_all),
-    "_allgather_base_": ("all_gather", _all_gather),
-    "_reduce_scatter_base_": ("reduce_scatter", _reduce_scatter),
-    "allreduce_": ("all_reduce", _all_reduce),
-    "send": ("send", _send),
+# Operators by the names torch gives them: (kind, position of the input, of the group, bytes sent).  FSDP calls the c10d
+# ones (2.11 to 2.13 differ in the Python function, not in the operator), DTensor the functional ones.
+_KINDS: dict[str, tuple[str, int, int, Callable[[int, int], int]]] = {
+    "c10d::alltoall_base_": ("all_to_all", 1, 2, _all_to_all),
+    "c10d::_allgather_base_": ("all_gather", 1, 2, _all_gather),
+    "c10d::_reduce_scatter_base_": ("reduce_scatter", 1, 2, _all_to_all),
+    "c10d::allreduce_": ("all_reduce", 0, 1, _all_reduce),
+    "c10d::send": ("send", 0, 1, _send),
+    "_c10d_functional::all_reduce": ("all_reduce", 0, 2, _all_reduce),
+    "_c10d_functional::all_gather_into_tensor": ("all_gather", 0, 2, _all_gather),
+    "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0, 3, _all_to_all),
 }
 # Control traffic, or the other end of something already counted.
-_UNCOUNTED = frozenset({"recv_", "barrier", "monitored_barrier_"})
+_UNCOUNTED = frozenset({"c10d::recv_", "c10d::barrier", "_c10d_functional::wait_tensor"})
 
 
 @dataclass(slots=True)
@@ -163,11 +160,11 @@ class CountCollectives(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:  # noqa: ANN401 - torch's own signature
         """Count a c10d operator, then run it."""
-        if func.namespace == "c10d":
-            name = func._schema.name.split("::")[1]
+        if func.namespace in ("c10d", "_c10d_functional"):
+            name = func._schema.name
             if name in _KINDS:
-                kind, size = _KINDS[name]
-                self.log.add(kind, size(args))
+                kind, tensor, group, sent = _KINDS[name]
+                self.log.add(kind, sent(_nbytes(args[tensor]), _group_size(args[group])))
             elif name not in _UNCOUNTED:
                 self.log.unknown.append(name)
         return func(*args, **(kwargs or {}))
@@ -179,5 +176,7 @@ def _nbytes(value: Tensor | Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in value)
 
 
-def _group_size(group: Any) -> int:  # noqa: ANN401 - a boxed ProcessGroup
+def _group_size(group: Any) -> int:  # noqa: ANN401 - the name of a group, or a boxed ProcessGroup
+    if isinstance(group, str):
+        return int(dist.distributed_c10d._resolve_process_group(group).size())
     return int(dist.ProcessGroup.unbox(group).size())

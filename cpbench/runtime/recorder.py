@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _RecordFunctionFast
 
-PREFIX = "cpbench:"
+PREFIX = "cpbench-scope:"
 MARK = "cpbench-mark:"
 
 
@@ -49,7 +50,9 @@ class Recorder:
                 torch.cuda.memory._set_memory_metadata("/".join(self._path))
                 yield
             else:
-                with torch.profiler.record_function(PREFIX + name):
+                # Not torch.profiler.record_function: that is an operator, and under a dispatch mode the profiler would
+                # close the scope with the mode's own frame.
+                with _RecordFunctionFast(PREFIX + name):
                     yield
         finally:
             self._path.pop()
@@ -67,5 +70,5 @@ class Recorder:
             if self.device_type == "cuda":
                 self.marks.append(Mark(time.time_ns(), address, label))
             else:
-                with torch.profiler.record_function(f"{MARK}{label}:{address}"):
+                with _RecordFunctionFast(f"{MARK}{label}:{address}"):
                     pass

@@ -1,4 +1,4 @@
-"""Makes realistic records without running anything: the shapes of a real sweep, through the real record models.
+"""Makes realistic records without running anything: the shape of a real sweep, by the real record models.
 
 `python -m tests.cpbench.report.examples FOLDER` writes the example runs and their reports, to look at.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from collections.abc import Iterable
@@ -15,7 +16,16 @@ from typing import Any
 from cpbench.case import STACKS, Case
 from cpbench.machine import Gpu, Machine
 from cpbench.model_config import PRESETS
-from cpbench.record import Memory, RankReport, Record, Software, Status, StepSample, WorkerReport, write_record
+from cpbench.record import (
+    Memory,
+    RankReport,
+    Record,
+    Software,
+    Status,
+    StepSample,
+    WorkerReport,
+    write_record,
+)
 from cpbench.units import GIB, MIB
 
 LAPTOP = Machine(
@@ -38,11 +48,27 @@ NODE = Machine(
 )
 
 # Peak of attention intermediates in units of [tokens per rank x attention width x bytes], and relative speed.
-_ATTENTION = {"single": 6.0, "ring": 7.0, "torch-ring": 9.5, "ulysses": 8.2, "usp": 7.4, "fpdt": 3.1, "upipe": 2.3}
-_SPEED = {"single": 1.0, "ring": 0.86, "torch-ring": 0.74, "ulysses": 0.97, "usp": 0.92, "fpdt": 0.7, "upipe": 0.95}
+_ATTENTION = {
+    "single": 6.0,
+    "ring": 7.0,
+    "torch-ring": 9.5,
+    "ulysses": 8.2,
+    "usp": 7.4,
+    "fpdt": 3.1,
+    "upipe": 2.3,
+}
+_SPEED = {
+    "single": 1.0,
+    "ring": 0.86,
+    "torch-ring": 0.74,
+    "ulysses": 0.97,
+    "usp": 0.92,
+    "fpdt": 0.7,
+    "upipe": 0.95,
+}
 
 
-def make_case(method: str = "ring", **changes: Any) -> Case:
+def make_case(method: str = "ring", **changes: object) -> Case:
     """A case of the smoke sweep with changes."""
     model = changes.pop("model", "tiny")
     stack = changes.pop("stack", "checkpoint")
@@ -58,7 +84,7 @@ def make_case(method: str = "ring", **changes: Any) -> Case:
     return Case(**(fields | changes))
 
 
-def facts(machine: Machine | None = LAPTOP, **changes: Any) -> dict[str, Any]:
+def facts(machine: Machine | None = LAPTOP, **changes: object) -> dict[str, Any]:
     """The provenance of a record."""
     return {
         "machine": machine,
@@ -70,7 +96,9 @@ def facts(machine: Machine | None = LAPTOP, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def make_record(case: Case, machine: Machine | None = LAPTOP, *, loss: float | None = None, **changes: Any) -> Record:
+def make_record(
+    case: Case, machine: Machine | None = LAPTOP, *, loss: float | None = None, **changes: object
+) -> Record:
     """A finished record with plausible numbers, the same for the same case."""
     luck = random.Random(case.case_id)
     gpu = machine is not None and bool(machine.gpus) and case.device == "cuda"
@@ -83,9 +111,13 @@ def make_record(case: Case, machine: Machine | None = LAPTOP, *, loss: float | N
     return record.model_copy(update=changes)
 
 
-def make_failure(case: Case, status: Status, reason: str, machine: Machine | None = LAPTOP, **changes: Any) -> Record:
+def make_failure(
+    case: Case, status: Status, reason: str, machine: Machine | None = LAPTOP, **changes: object
+) -> Record:
     """A record without numbers."""
-    return Record.without_result(case, status, reason, facts(machine, duration_seconds=3.0)).model_copy(update=changes)
+    return Record.without_result(case, status, reason, facts(machine, duration_seconds=3.0)).model_copy(
+        update=changes
+    )
 
 
 def smoke_records() -> list[Record]:
@@ -105,7 +137,13 @@ def long_records() -> list[Record]:
         for seq_len in (2**17, 2**18, 2**19, 2**20, 2 * 2**20, 3 * 2**20, 4 * 2**20, 5 * 2**20):
             world = 1 if method == "single" else 8
             case = make_case(
-                method, seq_len=seq_len, world_size=world, model="llama3-8b", stack="long", dtype="bfloat16", device="cuda"
+                method,
+                seq_len=seq_len,
+                world_size=world,
+                model="llama3-8b",
+                stack="long",
+                dtype="bfloat16",
+                device="cuda",
             )
             if seq_len <= limits.get(method, 5 * 2**20):
                 records.append(make_record(case, NODE))
@@ -114,13 +152,15 @@ def long_records() -> list[Record]:
             else:
                 reason = "CUDA out of memory on rank 3: tried to allocate 20.00 GiB\n" + _LOG
                 records.append(make_failure(case, "oom_device", reason, NODE))
-    odd = make_case("usp", seq_len=2**17, world_size=6, model="llama3-8b", stack="long", dtype="bfloat16", device="cuda")
+    odd = make_case(
+        "usp", seq_len=2**17, world_size=6, model="llama3-8b", stack="long", dtype="bfloat16", device="cuda"
+    )
     reason = "usp: num_heads=32 is not divisible by ulysses_degree=6; choose 1, 2, 4, 8 or 16"
     return [*records, make_failure(odd, "unsupported", reason, NODE)]
 
 
 def mixed_records() -> list[Record]:
-    """The same question measured on GPUs and CPU, emulated and estimated, in two dtypes: nothing may be joined."""
+    """One question measured on GPUs and CPU, emulated and estimated, in two dtypes: nothing may be joined."""
     records = []
     for method in ("ring", "upipe"):
         for seq_len in (4096, 8192, 16384):
@@ -129,28 +169,45 @@ def mixed_records() -> list[Record]:
                 records.append(make_record(case))
                 gpu = {"seq_len": seq_len, "dtype": dtype, "device": "cuda"}
                 records.append(make_record(make_case(method, **gpu), NODE))
-                records.append(make_record(make_case(method, **gpu, mode="emulate", hardware="h100-80g"), NODE))
-                records.append(make_record(make_case(method, **gpu, mode="estimate", hardware="h100-80g"), LAPTOP))
+                records.append(
+                    make_record(make_case(method, **gpu, mode="emulate", hardware="h100-80g"), NODE)
+                )
+                records.append(
+                    make_record(make_case(method, **gpu, mode="estimate", hardware="h100-80g"), LAPTOP)
+                )
     return records
 
 
 def troubled_records() -> list[Record]:
     """A small run in which most things went wrong, among them a wrong loss and a plug-in."""
-    records = [make_record(make_case(method, seq_len=n)) for method in ("single", "ring") for n in (1024, 2048, 4096)]
+    records = [
+        make_record(make_case(method, seq_len=n)) for method in ("single", "ring") for n in (1024, 2048, 4096)
+    ]
     records.append(make_record(make_case("ulysses", seq_len=1024)))
     records.append(make_record(make_case("ulysses", seq_len=2048), loss=5.5))
-    records.append(make_failure(make_case("ulysses", seq_len=4096), "timeout", "no end after 1800 s\n" + _LOG))
-    records.append(make_failure(make_case("upipe", seq_len=1024), "unsupported", "upipe: stage_heads=3 does not fit"))
-    records.append(make_failure(make_case("upipe", seq_len=2048), "error", "rank 2 ended with SIGKILL\n" + _LOG))
-    records.append(make_failure(make_case("upipe", seq_len=4096), "invalid", "the loss of step 1 is not finite"))
+    records.append(
+        make_failure(make_case("ulysses", seq_len=4096), "timeout", "no end after 1800 s\n" + _LOG)
+    )
+    records.append(
+        make_failure(make_case("upipe", seq_len=1024), "unsupported", "upipe: stage_heads=3 does not fit")
+    )
+    records.append(
+        make_failure(make_case("upipe", seq_len=2048), "error", "rank 2 ended with SIGKILL\n" + _LOG)
+    )
+    records.append(
+        make_failure(make_case("upipe", seq_len=4096), "invalid", "the loss of step 1 is not finite")
+    )
     for stage in (4, 8):
-        records += [make_record(make_case("my-method", seq_len=n, options={"stage": stage})) for n in (1024, 2048, 4096)]
+        records += [
+            make_record(make_case("my-method", seq_len=n, options={"stage": stage}))
+            for n in (1024, 2048, 4096)
+        ]
     doubt = "first loss 9.120 is far from ln(vocabulary) = 6.929"
     records[0] = records[0].model_copy(update={"warnings": (doubt,)})
     return records
 
 
-def write_run(folder: Path, records: Iterable[Record], **run_json: Any) -> Path:
+def write_run(folder: Path, records: Iterable[Record], **run_json: object) -> Path:
     """Write a run folder and return it."""
     (folder / "cases").mkdir(parents=True)
     for record in records:
@@ -168,12 +225,14 @@ def _rank(case: Case, rank: int, luck: random.Random, gpu: bool, loss: float | N
     attention = int(width * _ATTENTION.get(case.method, 4.0) * (1 + 0.02 * rank / case.world_size))
     params = arch.num_params // case.world_size
     categories = {
-        "sharded_params": params * 4,
-        "grads": params * 4,
+        "sharded_parameters": params * 4,
+        "gradients": params * 4,
         "optimizer": params * 8,
-        "unsharded_params": (arch.layer_matrix_params + arch.vocab_size * arch.hidden_dim) * size,
-        "checkpointed_inputs": 0 if case.stack.offload == "inputs" else arch.num_layers * tokens * arch.hidden_dim * size,
-        "attention_intermediates": attention,
+        "unsharded_parameters": (arch.layer_matrix_params + arch.vocab_size * arch.hidden_dim) * size,
+        "residual": 0
+        if case.stack.offload == "inputs"
+        else arch.num_layers * tokens * arch.hidden_dim * size,
+        "attention": attention,
         "mlp": int(tokens * arch.ffn_dim * size * (0.1 if case.stack.tile_mlp else 2.2)),
         "loss": int(tokens * arch.vocab_size * 4 * (0.001 if case.stack.tile_loss else 1)),
         "communication_buffers": 0 if case.world_size == 1 else width // 3,
@@ -181,15 +240,21 @@ def _rank(case: Case, rank: int, luck: random.Random, gpu: bool, loss: float | N
         "other": int(width * 0.1),
     }
     peak = sum(categories.values())
-    rate = (400e12 if gpu else 45e9) * _SPEED.get(case.method, 0.8)
+    rate = ((400e12 if size == 2 else 30e12) if gpu else 45e9) * _SPEED.get(case.method, 0.8)
     seconds = arch.step_flops(case.seq_len, case.batch_size) / case.world_size / rate
     samples = []
     for _ in range(case.steps):
         noisy = seconds * luck.uniform(1.0, 1.05)
-        parts = {"forward_seconds": noisy * 0.27, "backward_seconds": noisy * 0.69, "optimizer_seconds": noisy * 0.04}
+        parts = {
+            "forward_seconds": noisy * 0.27,
+            "backward_seconds": noisy * 0.69,
+            "optimizer_seconds": noisy * 0.04,
+        }
         samples.append(StepSample(step_seconds=noisy, **parts))
     wobble = 1 + (1e-6 if size == 4 else 3e-3) * random.Random(case.method).random()
-    losses = tuple((6.93 - 0.04 * step) * wobble for step in range(case.warmup + case.steps))
+    losses = tuple(
+        (math.log(arch.vocab_size) - 0.04 * step) * wobble for step in range(case.warmup + case.steps)
+    )
     if loss is not None:
         losses = (*losses[:-1], loss)
     reserved = int(peak * 1.06) if gpu else None
@@ -199,7 +264,9 @@ def _rank(case: Case, rank: int, luck: random.Random, gpu: bool, loss: float | N
         device_used_bytes=reserved + 1400 * MIB if reserved else None,
         non_torch_bytes=1400 * MIB if reserved else None,
         host_rss_peak_bytes=600 * MIB + (0 if gpu else peak),
-        host_pinned_peak_bytes=arch.num_layers * tokens * arch.hidden_dim * size if case.stack.offload == "inputs" else 0,
+        host_pinned_peak_bytes=arch.num_layers * tokens * arch.hidden_dim * size
+        if case.stack.offload == "inputs"
+        else 0,
         attention_intermediate_peak_bytes=attention,
         attention_forward_peak_bytes=attention // 2,
         attention_backward_peak_bytes=attention,
@@ -221,7 +288,7 @@ def _rank(case: Case, rank: int, luck: random.Random, gpu: bool, loss: float | N
 _LOG = """last lines of rank 3:
   File "cpbench/train.py", line 120, in step
     loss.backward()
-torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 3 has a total capacity of 79.10 GiB"""
+torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 3 has a total of 79.10 GiB"""
 
 
 if __name__ == "__main__":
@@ -240,7 +307,8 @@ if __name__ == "__main__":
             examples,
             command=["cpbench", "sweep", "--scenario", name],
             scenario={"name": name, "description": "Which method needs least memory as the context grows?"},
-            started="2026-02-03T10:00:00Z",
-            ended="2026-02-03T10:04:12Z",
+            case_ids=[record.case_id for record in examples],
+            start="2026-02-03T10:00:00Z",
+            end="2026-02-03T10:04:12Z",
         )
         build([run], target / "reports" / name)

@@ -1,0 +1,232 @@
+"""Launching: files over the border, outcomes told apart, and no process left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from cpbench.launch import (
+    ONE_NODE,
+    Exit,
+    Job,
+    Nodes,
+    child_environment,
+    launch,
+    read_progress,
+    torchrun_command,
+)
+from cpbench.outcome import Outcome, explain
+from cpbench.record import RankFailure, Status
+from tests.cpbench.workers.harness import TOKEN, alive, fake_case, fake_job, hanging
+
+SUMMARY = """E1123 08:32:23.7 5313 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)
+W1123 08:32:23.7 5313 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 18 closing signal
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 18)  (SIGTERM)
+Root Cause (first observed failure):
+[0]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : {code} (pid: 19)  (SIGKILL)
+"""
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch) -> str:
+    value = uuid.uuid4().hex
+    monkeypatch.setenv(TOKEN, value)
+    return value
+
+
+def run(job: Job, oom_kills: int = 0) -> Outcome:
+    return explain(job, launch(job, should_stop=lambda: False), oom_kills=oom_kills)
+
+
+def ended(job: Job, *, code: int = 1, timed_out: bool = False, oom_kills: int = 0) -> Outcome:
+    """The outcome of a launch that is over, from the files a test has put there."""
+    exit = Exit(code=code, timed_out=timed_out, interrupted=False, duration_seconds=1.0)
+    return explain(job, exit, oom_kills=oom_kills)
+
+
+def prepare(job: Job, *failures: RankFailure, launcher: str = "", rank_log: str = "") -> None:
+    job.folder.mkdir(parents=True)
+    job.log_dir.mkdir(parents=True)
+    job.launcher_log.write_text(launcher, encoding="utf-8")
+    (job.log_dir / "rank1.log").write_text(rank_log, encoding="utf-8")
+    for failure in failures:
+        (job.folder / f"failure-rank{failure.rank}.json").write_text(
+            failure.model_dump_json(), encoding="utf-8"
+        )
+
+
+def failure(rank: int, status: Status, reason: str, time: float) -> RankFailure:
+    return RankFailure(rank=rank, status=status, reason=reason, time=time)
+
+
+def test_success_gives_every_ranks_report(tmp_path: Path, token: str) -> None:
+    """Two ranks run under torchrun, the report comes back, nothing stays alive."""
+    job = fake_job(tmp_path, "ok")
+    outcome = run(job)
+    assert outcome.status == "ok", outcome.reason
+    assert outcome.report is not None
+    assert [rank.rank for rank in outcome.report.ranks] == [0, 1]
+    assert alive(token) == []
+
+
+def test_job_file_carries_the_case_and_absolute_folders(tmp_path: Path) -> None:
+    """The measured half gets the case, the plug-ins, its scratch folder and its log folder."""
+    job = fake_job(tmp_path, "ok")
+    launch(job, should_stop=lambda: True)
+    body = json.loads((job.folder / "job.json").read_text(encoding="utf-8"))
+    assert job.case.model_dump(mode="json") == body["case"]
+    assert {"case", "plugins", "scratch", "log_dir"} == set(body)
+    assert Path(body["scratch"]).is_absolute()
+
+
+def test_timeout_ends_even_those_who_ignore_sigterm(tmp_path: Path, token: str) -> None:
+    """Ranks that ignore SIGTERM and orphaned grandchildren in their own sessions are gone after a timeout."""
+    job = fake_job(tmp_path, "stubborn", timeout_seconds=6)
+    seen: list[int] = []
+    exit = launch(job, should_stop=lambda: False, on_wait=lambda: seen.append(len(alive(token))))
+    outcome = explain(job, exit, oom_kills=0)
+    assert hanging(tmp_path)
+    assert max(seen) >= 6  # supervisor, torchrun, two ranks, two grandchildren
+    assert alive(token) == []
+    assert outcome.status == "timeout"
+    assert outcome.reason is not None
+    assert "after 6 s, in step 2/5" in outcome.reason
+    assert "stuck in a collective" in outcome.reason
+
+
+def test_interrupt_ends_the_tree(tmp_path: Path, token: str) -> None:
+    """An interrupt ends the running case, which counts neither as failed nor as timed out."""
+    job = fake_job(tmp_path, "hang")
+    exit = launch(job, should_stop=lambda: hanging(tmp_path))
+    assert exit.interrupted
+    assert not exit.timed_out
+    assert alive(token) == []
+    progress = read_progress(job)
+    assert progress is not None
+    assert (progress.phase, progress.done, progress.total) == ("step", 2, 5)
+
+
+def test_killed_rank_is_an_error_with_its_signal(tmp_path: Path, token: str) -> None:
+    """A rank ended by SIGKILL without memory pressure is an error that names rank and signal."""
+    outcome = run(fake_job(tmp_path, "kill"))
+    assert outcome.status == "error"
+    assert outcome.reason == "rank 1 was killed by signal 9 (SIGKILL)"
+    assert alive(token) == []
+
+
+def test_crash_shows_the_last_line_and_no_frames(tmp_path: Path) -> None:
+    """A rank that raises without a failure file is named, with its message but not its traceback."""
+    outcome = run(fake_job(tmp_path, "crash"))
+    assert outcome.status == "error"
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("rank 1 ended with code 1")
+    assert "RuntimeError: nobody wrote a failure file" in outcome.reason
+    assert "Traceback" not in outcome.reason
+    assert 'File "' not in outcome.reason
+
+
+def test_earliest_failure_is_the_cause(tmp_path: Path) -> None:
+    """Of several failing ranks, the one that failed first gives status and reason."""
+    job = fake_job(tmp_path, "ok")
+    prepare(job, failure(0, "error", "lost its peer", 2.0), failure(1, "error", "first", 1.0))
+    outcome = ended(job)
+    assert (outcome.status, outcome.reason) == ("error", "rank 1: first")
+
+
+def test_a_known_cause_beats_a_lost_peer(tmp_path: Path) -> None:
+    """Out of memory on one rank is the cause even if another rank's broken connection was written earlier."""
+    job = fake_job(tmp_path, "ok")
+    prepare(job, failure(0, "error", "connection closed", 1.0), failure(1, "oom_device", "3 GiB more", 1.1))
+    assert ended(job).status == "oom_device"
+
+
+@pytest.mark.parametrize(("kills", "status"), [(0, "error"), (1, "oom_host")])
+def test_sigkill_is_host_oom_only_if_the_kernel_says_so(tmp_path: Path, kills: int, status: str) -> None:
+    """SIGKILL becomes oom_host when the kernel's out-of-memory counter rose meanwhile."""
+    job = fake_job(tmp_path, "ok")
+    prepare(job, failure(0, "error", "connection closed", 1.0), launcher=SUMMARY.format(code=-9))
+    outcome = ended(job, oom_kills=kills)
+    assert outcome.status == status
+    assert outcome.reason is not None
+    assert outcome.reason.startswith("rank 1 was killed")
+
+
+def test_ranks_ended_by_torchrun_are_not_the_cause(tmp_path: Path) -> None:
+    """The rank that torchrun terminated because of another one's failure is not blamed."""
+    job = fake_job(tmp_path, "ok")
+    prepare(job, launcher=SUMMARY.format(code=3))
+    outcome = ended(job)
+    assert outcome.reason == "rank 1 ended with code 3"
+
+
+def test_a_missing_or_garbled_report_is_an_error(tmp_path: Path) -> None:
+    """Exit code 0 without a whole report is an error that says so, never an ok record."""
+    job = fake_job(tmp_path, "ok")
+    prepare(job)
+    missing = ended(job, code=0)
+    (job.folder / "report.json").write_text('{"ranks": [', encoding="utf-8")
+    garbled = ended(job, code=0)
+    assert (missing.status, garbled.status) == ("error", "error")
+    assert "is missing" in str(missing.reason)
+    assert "cannot be read" in str(garbled.reason)
+
+
+def test_log_tail_is_short(tmp_path: Path) -> None:
+    """A reason holds a few lines of the log, each of bounded length and without colour codes."""
+    job = fake_job(tmp_path, "ok")
+    text = "\n".join(f"\x1b[31mline {k}\x1b[0m {'x' * 1000}" for k in range(100))
+    prepare(job, failure(1, "error", "broken", 1.0), rank_log=text)
+    reason = str(ended(job).reason)
+    assert len(reason.splitlines()) == 8
+    assert "\x1b" not in reason
+    assert max(map(len, reason.splitlines())) < 300
+
+
+def test_one_node_uses_a_port_of_its_own() -> None:
+    """A case on one machine never shares a port: torchrun's standalone rendezvous picks a free one."""
+    job = Job(case=fake_case("ok"), scratch=Path("s"), log_dir=Path("l"), timeout_seconds=1.0)
+    command = torchrun_command(job)
+    assert "--standalone" in command
+    assert command[-4:] == ["--max-restarts", "0", "-m", "cpbench.worker"]
+    assert job.nodes is ONE_NODE
+
+
+def test_nodes_and_endpoint_pass_through() -> None:
+    """With several machines, node count, rank and endpoint reach torchrun, and each node starts its share."""
+    nodes = Nodes(count=2, rank=1, endpoint="host0:29400")
+    case = fake_case("ok", world_size=8)
+    job = Job(
+        case=case, scratch=Path("runs/r/scratch/c"), log_dir=Path("l"), timeout_seconds=1.0, nodes=nodes
+    )
+    command = " ".join(torchrun_command(job))
+    assert "--nproc-per-node 4 --nnodes 2 --node-rank 1" in command
+    assert "--rdzv-endpoint host0:29400 --rdzv-id r-" in command
+    assert job.launcher_log.name == "launcher-node1.log"
+
+
+@pytest.mark.parametrize("mode", ["emulate", "estimate"])
+def test_one_process_where_ranks_are_not_real(mode: str) -> None:
+    """An emulated or estimated case is one process, however large its world."""
+    case = fake_case("ok", world_size=8).model_copy(update={"mode": mode})
+    job = Job(case=case, scratch=Path("s"), log_dir=Path("l"), timeout_seconds=1.0)
+    assert job.local_world_size == 1
+
+
+def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks split the cores; OMP_NUM_THREADS of the user wins; the caller's folder never shadows packages."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "2"
+    assert child_environment("cpu", 16, single_node=True)["OMP_NUM_THREADS"] == "1"
+    assert child_environment("cpu", 4, single_node=True)["PYTHONSAFEPATH"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "5"
