@@ -14,8 +14,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -58,6 +58,8 @@ class Job:
     nodes: Nodes = ONE_NODE
     worker: Sequence[str] = WORKER
     """What each rank runs, in torchrun's words: `-m module` or the path of a script; it gets job.json."""
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """More keys of job.json, for workers that need them."""
 
     @property
     def launcher_log(self) -> Path:
@@ -197,6 +199,7 @@ def _prepare(job: Job) -> Path:
         "plugins": [str(path) for path in job.plugins],
         "scratch": str(job.folder),
         "log_dir": str(job.log_dir),
+        **job.extra,
     }
     job_file = job.folder / "job.json"
     write_text_atomically(job_file, json.dumps(body, indent=1))

@@ -48,10 +48,6 @@ class Costs:
     """By kind, one forward pass of the block."""
     backward_collective_bytes: dict[str, int] = field(default_factory=dict)
     """By kind, one backward pass of the block, its own recomputation included."""
-    forward_peak_bytes: int
-    """Most the block holds in forward beyond x and y."""
-    backward_peak_bytes: int
-    """Most the block holds in backward beyond x, y, their gradients and the weights' gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +93,18 @@ def contiguous_segments(seq_len: int, world_size: int, rank: int) -> tuple[tuple
     return ((rank * tokens, (rank + 1) * tokens),)
 
 
-def zigzag_segments(seq_len: int, ring_degree: int, ring_rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def zigzag_segments(
+    seq_len: int, ring_degree: int, ring_rank: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return chunks r and 2R-1-r of 2R, so that every ring rank has the same causal work."""
     chunk = seq_len // (2 * ring_degree)
     late = 2 * ring_degree - 1 - ring_rank
     return (ring_rank * chunk, (ring_rank + 1) * chunk), (late * chunk, (late + 1) * chunk)
 
 
-def hybrid_segments(seq_len: int, ulysses_degree: int, ring_degree: int, rank: int) -> tuple[tuple[int, int], ...]:
+def hybrid_segments(
+    seq_len: int, ulysses_degree: int, ring_degree: int, rank: int
+) -> tuple[tuple[int, int], ...]:
     """Return the ranges of a rank on a Ulysses x ring mesh: zigzag over the ring, contiguous over the Ulysses group.
 
     Rank w is ring rank w // C and Ulysses rank w % C.  After the all-to-all a ring rank then holds its early chunk

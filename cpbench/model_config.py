@@ -101,10 +101,22 @@ class ModelConfig(BaseModel):
 
 PRESETS: dict[str, ModelConfig] = {
     "llama3-8b": ModelConfig(
-        hidden_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, ffn_dim=14336, vocab_size=128256
+        hidden_dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=14336,
+        vocab_size=128256,
     ),
     "llama3-70b": ModelConfig(
-        hidden_dim=8192, num_layers=80, num_heads=64, num_kv_heads=8, head_dim=128, ffn_dim=28672, vocab_size=128256
+        hidden_dim=8192,
+        num_layers=80,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=128,
+        ffn_dim=28672,
+        vocab_size=128256,
     ),
     "llama3.2-1b": ModelConfig(
         hidden_dim=2048,
@@ -183,9 +195,13 @@ def _from_hugging_face(path: Path) -> ModelConfig:
         if raw.get(key, harmless) not in (harmless, None):
             raise UsageError(f"model file {path}: {key}={raw[key]!r} is not supported; only {harmless!r} is")
     if family == "qwen2":
-        raise UsageError(f"model file {path}: qwen2 adds a bias to q, k and v, which the stack does not have yet")
+        raise UsageError(
+            f"model file {path}: qwen2 adds a bias to q, k and v, which the stack does not have yet"
+        )
     if family == "mistral" and raw.get("sliding_window") is not None:
-        raise UsageError(f"model file {path}: sliding_window={raw['sliding_window']!r} is not supported; only null is")
+        raise UsageError(
+            f"model file {path}: sliding_window={raw['sliding_window']!r} is not supported; only null is"
+        )
     try:
         heads = raw["num_attention_heads"]
         return ModelConfig(

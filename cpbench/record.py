@@ -378,7 +378,9 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def _case_fields(case: Case) -> dict[str, Any]:
-    fields = {name: getattr(case, name) for name in Case.model_fields if name not in ("stack", "attention_backend")}
+    fields = {
+        name: getattr(case, name) for name in Case.model_fields if name not in ("stack", "attention_backend")
+    }
     return fields | case.stack.model_dump() | {"case_id": case.case_id}
 
 
@@ -417,7 +419,13 @@ def _speed(case: Case, step_seconds: float | None, gpu: str | None) -> dict[str,
     tokens = case.seq_len * case.batch_size / step_seconds
     flops = case.architecture.step_flops(case.seq_len, case.batch_size) / step_seconds / case.world_size
     peak = peak_flops(gpu, case.dtype)
-    return dict(zip(names, (tokens, tokens / case.world_size, flops / 1e12, flops / peak if peak else None), strict=True))
+    return dict(
+        zip(
+            names,
+            (tokens, tokens / case.world_size, flops / 1e12, flops / peak if peak else None),
+            strict=True,
+        )
+    )
 
 
 def _judge(
@@ -427,7 +435,11 @@ def _judge(
     for rank in ranks:
         for name, values in (("loss", rank.losses), ("gradient norm", rank.grad_norms)):
             if None in values:
-                return "invalid", f"the {name} of step {values.index(None)} on rank {rank.rank} is not finite", []
+                return (
+                    "invalid",
+                    f"the {name} of step {values.index(None)} on rank {rank.rank} is not finite",
+                    [],
+                )
     if len({rank.attention_backend for rank in ranks}) > 1:
         return "invalid", "ranks ran different attention kernels", []
     if len(ranks) != case.world_size:

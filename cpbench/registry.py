@@ -40,14 +40,18 @@ def method_files(plugins: Sequence[Path] = ()) -> dict[str, Path]:
     if spec is None or not spec.submodule_search_locations:
         raise MethodUnavailable("the package of built-in methods is not installed; reinstall cpbench")
     folder = Path(next(iter(spec.submodule_search_locations)))
-    files = {_method_name(path): path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")}
+    files = {
+        _method_name(path): path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_")
+    }
     files |= {name: path for name, path in _entry_points().items() if name not in files}
     for plugin in plugins:
         name = _method_name(plugin)
         if plugin.suffix != ".py" or not plugin.is_file():
             raise UsageError(f"plug-in {plugin} is not a Python file that exists; give the path of <name>.py")
         if not _NAME.match(name):
-            raise UsageError(f"plug-in {plugin}: a method name is lower-case letters, digits, - and _, not {name!r}")
+            raise UsageError(
+                f"plug-in {plugin}: a method name is lower-case letters, digits, - and _, not {name!r}"
+            )
         if name in files and files[name].resolve() != plugin.resolve():
             raise UsageError(f"plug-in {plugin}: the method name {name!r} is taken; rename the file")
         files[name] = plugin
@@ -98,7 +102,9 @@ def load(name: str, options: Mapping[str, OptionValue], plugins: Sequence[Path] 
         if key not in fields:
             near = nearest(key, fields)
             hint = f"; did you mean {near!r}?" if near else "."
-            raise UsageError(f"{name} has no option {key!r}{hint} It has: {', '.join(sorted(fields)) or '(none)'}")
+            raise UsageError(
+                f"{name} has no option {key!r}{hint} It has: {', '.join(sorted(fields)) or '(none)'}"
+            )
         default = fields[key].default
         if type(default) in (bool, int, float, str) and not _compatible(value, type(default)):
             raise UsageError(

@@ -30,7 +30,9 @@ def resolve(case: Case, plugins: list[Path]) -> tuple[Case, str | None]:
     resolved = case.model_copy(update={"options": registry.resolved_options(method)})
     try:
         if case.world_size % case.nodes:
-            raise Unsupported(f"world_size={case.world_size} is not a multiple of nodes={case.nodes}; choose one that is")
+            raise Unsupported(
+                f"world_size={case.world_size} is not a multiple of nodes={case.nodes}; choose one that is"
+            )
         method.check(resolved)
         if case.mode != "estimate":
             select_kernels(resolved)

@@ -149,7 +149,10 @@ class Scenario(_Section):
             ScenarioError: the exclude rules leave nothing.
         """
         axes = self.sweep
-        models = {name: (name, self.models[name]) if name in self.models else load_model(name) for name in axes.model}
+        models = {
+            name: (name, self.models[name]) if name in self.models else load_model(name)
+            for name in axes.model
+        }
         stacks = {name: self._changed(stack_by_name(name)) for name in axes.stack}
         names = ("method", "model", "stack", "dtype", "batch_size", "world_size", "seq_len")
         cases: list[Case] = []

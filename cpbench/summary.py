@@ -69,7 +69,8 @@ def print_summary(records: Sequence[Record], console: Console) -> None:
     columns = case_columns(records)
     wide = console.width >= _REASON_WIDTH
     modes = ", ".join(sorted({f"{record.mode} on {record.device}" for record in records}))
-    table = Table(title=f"mode {modes}", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console.print(Text(f"mode {modes}", style="bold"))
+    table = Table(box=None, pad_edge=False, header_style="bold")
     for name, right in columns:
         table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
     table.add_column("status", no_wrap=True)

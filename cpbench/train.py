@@ -57,7 +57,9 @@ class StepResult:
 class TrainStep:
     """One rank's model and optimizer, and the step over them."""
 
-    def __init__(self, case: Case, method: Method, world: World, recorder: Recorder, tiles: Tiles | None = None) -> None:
+    def __init__(
+        self, case: Case, method: Method, world: World, recorder: Recorder, tiles: Tiles | None = None
+    ) -> None:
         """Build and shard the model; parameters are made at full size on `meta` only.
 
         Args:

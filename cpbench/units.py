@@ -52,7 +52,9 @@ def parse_bytes(text: str | int) -> int:
     """
     match = _BYTES.match(str(text)) if not isinstance(text, bool) else None
     if match is None:
-        raise UsageError(f"size {text!r} is not a number of bytes; write it like 80G, 512MiB, 2T or 1073741824")
+        raise UsageError(
+            f"size {text!r} is not a number of bytes; write it like 80G, 512MiB, 2T or 1073741824"
+        )
     size = round(float(match[1]) * _BYTE_FACTOR[(match[2] or "").lower()])
     if size <= 0:
         raise UsageError(f"size {text!r} must be positive")

@@ -14,8 +14,11 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
 
 from cpbench.case import Case
 from cpbench.errors import CpbenchError, Unsupported
@@ -25,13 +28,32 @@ from cpbench.record import RankFailure, Status, write_text_atomically
 def main(job_file: str) -> int:
     """Run the job of this rank; return the exit code."""
     job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    rank = int(os.environ.get("RANK", "0"))
-    _redirect_output(Path(job["log_dir"]) / f"rank{rank}.log")
-    scratch = Path(job["scratch"])
-    try:
+
+    def run() -> BaseModel:
         from cpbench.world.run import run_case  # torch is imported here, so that its failure is reported too
 
-        report = run_case(Case.model_validate(job["case"]), [Path(p) for p in job["plugins"]], scratch)
+        return run_case(
+            Case.model_validate(job["case"]), [Path(p) for p in job["plugins"]], Path(job["scratch"])
+        )
+
+    return run_rank(Path(job["scratch"]), Path(job["log_dir"]), run)
+
+
+def run_rank(scratch: Path, log_dir: Path, run: Callable[[], BaseModel]) -> int:
+    """Run something on this rank: output to its log, rank 0's report to a file, a failure to another.
+
+    Args:
+        scratch: folder of `report.json` and `failure-rank<k>.json`.
+        log_dir: folder of `rank<k>.log`.
+        run: gives the report; its result counts on rank 0 only.
+
+    Returns:
+        The exit code 0; a failure ends the process.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    _redirect_output(log_dir / f"rank{rank}.log")
+    try:
+        report = run()
         if rank == 0:
             write_text_atomically(scratch / "report.json", report.model_dump_json())
     except BaseException as error:
@@ -54,7 +76,11 @@ def classify(error: BaseException) -> tuple[Status, str]:
         return "error", str(error)
     if name == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch for it
         return "oom_device", f"device memory ran out: {first_line}"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error) or "pin memory" in str(error).lower():
+    if (
+        isinstance(error, MemoryError)
+        or "can't allocate memory" in str(error)
+        or "pin memory" in str(error).lower()
+    ):
         return "oom_host", f"host memory ran out: {first_line or name}"
     return "error", f"{name}: {first_line}" if first_line else name
 

@@ -62,23 +62,18 @@ class Ring:
         return attention_block(x, weights, ctx, _RingCore(ctx, self.zigzag))
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms for R > 1; M, K, L as in `single`, of the local n = s/R tokens; f = 4 / bytes per element.
+        """Closed forms for R ranks; K the bytes of all KV heads of the local n = s/R tokens; f = 4 / bytes per element.
 
-        Forward sends K and V on R-1 hops: 2K (R-1).  Backward sends them again and dK, dV in float32 on R hops:
+        Forward sends K and V on R-1 hops: 2K (R-1).  Backward sends them again, and dK, dV in float32 on R hops:
         2K (R-1) + 2 f K R.
         """
         r, size = case.world_size, HeadBytes.of(case, tokens=case.tokens_per_rank)
         if r == 1:
-            return Costs(
-                forward_peak_bytes=2 * size.q + 2 * size.kv + size.lse,
-                backward_peak_bytes=4 * size.q + 4 * size.kv + size.lse,
-            )
-        wide = 4 // size.element
+            return Costs()
+        forward = 2 * size.kv * (r - 1)
         return Costs(
-            forward_collective_bytes={"send": 2 * size.kv * (r - 1)},
-            backward_collective_bytes={"send": 2 * size.kv * (r - 1) + 2 * wide * size.kv * r},
-            forward_peak_bytes=0,
-            backward_peak_bytes=0,
+            forward_collective_bytes={"send": forward},
+            backward_collective_bytes={"send": forward + 2 * size.kv * 4 // size.element * r},
         )
 
 

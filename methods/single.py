@@ -18,7 +18,6 @@ from cpbench.errors import Unsupported
 from cpbench.method import AttentionWeights, Costs, Layout, contiguous_segments
 from cpbench.runtime.attention_block import Produce, Saved, Take, attention_block
 from cpbench.runtime.context import AttentionContext
-from cpbench.runtime.costs import HeadBytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,16 +40,8 @@ class Single:
         return attention_block(x, weights, ctx, _SingleCore(ctx))
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms, with M the bytes of one tensor of all query heads, K of all KV heads, L of the log-sum-exp.
-
-        Forward: q + k + v + out + lse                                     = 2M + 2K + L
-        Backward: q, k, v, out, lse, dout, dq, dk, dv                      = 4M + 4K + L
-        """
-        size = HeadBytes.of(case, tokens=case.seq_len)
-        return Costs(
-            forward_peak_bytes=2 * size.q + 2 * size.kv + size.lse,
-            backward_peak_bytes=4 * size.q + 4 * size.kv + size.lse,
-        )
+        """Nothing is sent."""
+        return Costs()
 
 
 METHOD = Single

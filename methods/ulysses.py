@@ -53,7 +53,7 @@ class Ulysses:
         return attention_block(x, weights, ctx, _UlyssesCore(ctx))
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms; M, L as in `single`, of the local tokens; K' of the KV heads after replication.
+        """Closed forms for C ranks; M, K' the bytes of all query heads and of all KV copies of the local n = s/C tokens.
 
         An all-to-all of B bytes over C ranks sends B (C-1)/C.  Forward moves q, k, v, out: 2M + 2K'.  Backward moves
         out, dout, dq, dk, dv: 3M + 2K'.
@@ -65,8 +65,6 @@ class Ulysses:
         return Costs(
             forward_collective_bytes={"all_to_all": forward} if c > 1 else {},
             backward_collective_bytes={"all_to_all": backward} if c > 1 else {},
-            forward_peak_bytes=2 * size.q + 2 * kv + size.lse,
-            backward_peak_bytes=4 * size.q + 4 * kv + size.lse,
         )
 
 
@@ -96,7 +94,12 @@ class _UlyssesCore:
         dout_heads = all_to_all_heads(dout(), group, recorder)
         names = ("q", "k", "v")
         dq, dk, dv = self.ctx.kernels.backward(
-            dout_heads, *(saved.pop(name) for name in names), out, saved.pop("lse"), causal=True, scale=self.ctx.scale
+            dout_heads,
+            *(saved.pop(name) for name in names),
+            out,
+            saved.pop("lse"),
+            causal=True,
+            scale=self.ctx.scale,
         )
         del out, dout_heads
         take("q", all_to_all_sequence(dq, group, recorder))

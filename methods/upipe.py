@@ -45,7 +45,9 @@ class UPipe:
     def __post_init__(self) -> None:
         """Refuse negative sizes."""
         if self.stage_heads < 0:
-            raise UsageError(f"upipe.stage_heads={self.stage_heads} is negative; use 0 for the Ulysses degree")
+            raise UsageError(
+                f"upipe.stage_heads={self.stage_heads} is negative; use 0 for the Ulysses degree"
+            )
         if self.ring_degree < 1:
             raise UsageError(f"upipe.ring_degree={self.ring_degree} must be at least 1")
 
@@ -53,7 +55,9 @@ class UPipe:
         """Refuse degrees, heads, stages and lengths that do not divide."""
         heads, ranks, ring = case.architecture.num_heads, case.world_size, self.ring_degree
         if ranks % ring:
-            raise Unsupported(f"upipe: ring_degree={ring} does not divide world_size={ranks}; choose one that does")
+            raise Unsupported(
+                f"upipe: ring_degree={ring} does not divide world_size={ranks}; choose one that does"
+            )
         degree = ranks // ring
         if heads % degree:
             allowed = [str(n) for n in range(1, heads + 1) if heads % n == 0]
@@ -89,22 +93,28 @@ class UPipe:
         return out.flatten(2) @ w.wo.t()
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms for R = 1; M, L as in `single`, of the local tokens; K' of the KV heads after replication.
+        """Closed forms; M, K' the bytes of all query heads and of all KV copies of the local n = s/W tokens.
 
-        Forward moves q, k, v, out as Ulysses does: 2M + 2K'.  Backward moves q, k, v again, and out, dout, dq, dk,
-        dv: 4M + 4K'.  An all-to-all of B bytes sends B (C-1)/C.
-        Peaks, with m = M U/H and kappa = M G/H of one group of KV heads:
-        forward: out (M), lse (L), then q, k, v and the stage's out: M + L + 2m + 2 kappa.
+        All-to-all over C ranks, B bytes send B (C-1)/C.  Forward moves q, k, v, out as Ulysses does: 2M + 2K'.
+        Backward moves q, k, v again, and out, dout, dq, dk, dv: 4M + 4K'.
+
+        Ring over R ranks: every stage sends the K/V of its group, so a group's K/V travel once for each of its g'/t
+        stages.  With T = K' g'/t, in bytes: forward 2T (R-1); backward 2T (R-1) + 2 f T R, f = 4 / bytes per element.
         """
-        c, size = case.world_size // self.ring_degree, HeadBytes.of(case, tokens=case.tokens_per_rank)
-        kv = size.kv * replicas(case.architecture.num_kv_heads, c)
-        forward, backward = 2 * sent(size.q, c) + 2 * sent(kv, c), 4 * sent(size.q, c) + 4 * sent(kv, c)
-        return Costs(
-            forward_collective_bytes={"all_to_all": forward} if c > 1 else {},
-            backward_collective_bytes={"all_to_all": backward} if c > 1 else {},
-            forward_peak_bytes=0,
-            backward_peak_bytes=0,
-        )
+        c, r = case.world_size // self.ring_degree, self.ring_degree
+        size = HeadBytes.of(case, tokens=case.tokens_per_rank)
+        stages = Stages.of(case.architecture, c, self.stage_heads or c)
+        kv = size.kv * stages.copies
+        forward: dict[str, int] = {}
+        backward: dict[str, int] = {}
+        if c > 1:
+            forward["all_to_all"] = 2 * sent(size.q, c) + 2 * sent(kv, c)
+            backward["all_to_all"] = 4 * sent(size.q, c) + 4 * sent(kv, c)
+        if r > 1:
+            travels = kv * stages.ratio // stages.per_stage
+            forward["send"] = 2 * travels * (r - 1)
+            backward["send"] = forward["send"] + 2 * travels * 4 // size.element * r
+        return Costs(forward_collective_bytes=forward, backward_collective_bytes=backward)
 
 
 METHOD = UPipe
@@ -276,7 +286,11 @@ class _StageBlock:
         w = self.weights
         wide = [None if n is None else torch.zeros_like(n, dtype=torch.float32) for n in (w.q_norm, w.k_norm)]
         sums = _Gradients(
-            torch.empty_like(self.x), torch.empty_like(w.wq), torch.empty_like(w.wk), torch.empty_like(w.wv), *wide
+            torch.empty_like(self.x),
+            torch.empty_like(w.wq),
+            torch.empty_like(w.wk),
+            torch.empty_like(w.wv),
+            *wide,
         )
         self.ctx.recorder.mark("attention_input_gradient", sums.dx)
         self.ctx.recorder.mark("weight_gradient", sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm)
@@ -286,14 +300,18 @@ class _StageBlock:
         """Add a stage's dq to the gradients."""
         weight = self._q_rows(self.weights.wq)[group, turn].reshape(-1, self.x.shape[-1])
         dw, dnorm = self._back(sums, dq, weight, self._norms()[0], 1, rotated=True)
-        self._q_rows(sums.dwq)[group, turn] = dw.view(self.stages.group, self.stages.per_stage, -1, dw.shape[-1])
+        self._q_rows(sums.dwq)[group, turn] = dw.view(
+            self.stages.group, self.stages.per_stage, -1, dw.shape[-1]
+        )
         if sums.dq_norm is not None and dnorm is not None:
             sums.dq_norm += dnorm
 
     def take_keys_values(self, sums: _Gradients, dk: Tensor, dv: Tensor, group: slice) -> None:
         """Add a group's dk and dv to the gradients."""
         copies = self.stages.copies
-        dw, dnorm = self._back(sums, dk, self._kv_rows(self.weights.wk, group), self._norms()[1], copies, rotated=True)
+        dw, dnorm = self._back(
+            sums, dk, self._kv_rows(self.weights.wk, group), self._norms()[1], copies, rotated=True
+        )
         self._kv_rows(sums.dwk, group).copy_(dw)
         if sums.dk_norm is not None and dnorm is not None:
             sums.dk_norm += dnorm
@@ -301,7 +319,14 @@ class _StageBlock:
         self._kv_rows(sums.dwv, group).copy_(dw)
 
     def _back(
-        self, sums: _Gradients, grad: Tensor, weight: Tensor, norm: HeadNorm | None, copies: int, *, rotated: bool
+        self,
+        sums: _Gradients,
+        grad: Tensor,
+        weight: Tensor,
+        norm: HeadNorm | None,
+        copies: int,
+        *,
+        rotated: bool,
     ) -> tuple[Tensor, Tensor | None]:
         local = all_to_all_sequence(grad, self.ctx.ulysses, self.ctx.recorder)
         local = sum_replicas(local, copies)

@@ -16,6 +16,8 @@ from cpbench.cli.doctor import doctor
 from cpbench.cli.listing import list_
 from cpbench.cli.report import report
 from cpbench.cli.sweep import EXAMPLES, sweep
+from cpbench.cli.verify import EXAMPLES as VERIFY_EXAMPLES
+from cpbench.cli.verify import verify
 from cpbench.errors import CpbenchError
 
 _INTERRUPTED = 130
@@ -47,6 +49,7 @@ app = typer.Typer(
 )
 app.command("sweep", epilog=EXAMPLES)(sweep)
 app.command("report")(report)
+app.command("verify", epilog=VERIFY_EXAMPLES)(verify)
 app.command("list")(list_)
 app.command("doctor")(doctor)
 

@@ -145,7 +145,10 @@ def _describe(numbers: MemoryNumbers, at_peak: list[Allocation]) -> None:
     largest = sorted(at_peak, key=lambda a: a.bytes, reverse=True)[:_LARGEST]
     numbers.largest = tuple(
         LiveTensor(
-            bytes=a.bytes, category=category(a) or "other", phase="/".join(a.scope) or "before", site=a.site or "python"
+            bytes=a.bytes,
+            category=category(a) or "other",
+            phase="/".join(a.scope) or "before",
+            site=a.site or "python",
         )
         for a in largest
     )

@@ -54,7 +54,9 @@ def _timeline(roots: list[Any]) -> Timeline:
         fields: _ExtraFields_Allocation = node.extra_fields
         scope = tuple(p.name.removeprefix(PREFIX) for p in reversed(parents) if p.name.startswith(PREFIX))
         if fields.alloc_size > 0:
-            names = [p.name for p in reversed(parents) if not p.name.startswith((PREFIX, "PythonDispatchMode"))]
+            names = [
+                p.name for p in reversed(parents) if not p.name.startswith((PREFIX, "PythonDispatchMode"))
+            ]
             allocation = Allocation(bytes=fields.alloc_size, scope=scope, site=" > ".join(names[-3:]))
             live[fields.ptr] = (allocation, _kernel(parents))
             timeline.events.append(Event(allocation, False, scope))

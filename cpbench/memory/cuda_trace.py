@@ -27,7 +27,9 @@ class CudaTrace:
         """Begin recording."""
         self._recorder.active = True
         self._recorder.marks.clear()
-        torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES)
+        torch.cuda.memory._record_memory_history(
+            "all", context="alloc", stacks="python", max_entries=_MAX_ENTRIES
+        )
         self._before = torch.cuda.memory._snapshot()
 
     def stop(self) -> Timeline:
@@ -36,7 +38,9 @@ class CudaTrace:
         torch.cuda.memory._record_memory_history(None)
         self._recorder.active = False
         device = torch.cuda.current_device()
-        return timeline_of_snapshot(self._before, snapshot["device_traces"][device], self._recorder.marks, device)
+        return timeline_of_snapshot(
+            self._before, snapshot["device_traces"][device], self._recorder.marks, device
+        )
 
 
 def timeline_of_snapshot(
@@ -86,5 +90,7 @@ def _apply(mark: Mark, live: dict[int, Allocation]) -> None:
 
 def _site(frames: Any) -> str:  # noqa: ANN401 - a list of dictionaries from the allocator
     """The innermost frames, file names without folders."""
-    names = [f"{frame['filename'].rsplit('/', 1)[-1]}:{frame['line']} {frame['name']}" for frame in frames[:3]]
+    names = [
+        f"{frame['filename'].rsplit('/', 1)[-1]}:{frame['line']} {frame['name']}" for frame in frames[:3]
+    ]
     return " > ".join(reversed(names))

@@ -89,7 +89,14 @@ class Block(nn.Module):
             return TiledMlp.apply(h, self.eps, settings.tiles.mlp, *mlp)  # type: ignore[no-any-return]
 
     def _attention(self) -> tuple[Tensor | None, ...]:
-        return (self.wq, self.wk, self.wv, self.wo, getattr(self, "q_norm", None), getattr(self, "k_norm", None))
+        return (
+            self.wq,
+            self.wk,
+            self.wv,
+            self.wo,
+            getattr(self, "q_norm", None),
+            getattr(self, "k_norm", None),
+        )
 
 
 class _AttentionGraph:

@@ -39,7 +39,13 @@ def stream_id(seed: int, name: str) -> int:
 
 
 def tokens_at(
-    segments: Sequence[tuple[int, int]], *, vocab_size: int, batch_size: int, seed: int, step: int, device: torch.device
+    segments: Sequence[tuple[int, int]],
+    *,
+    vocab_size: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+    device: torch.device,
 ) -> Tensor:
     """Return the token ids at global positions, `[b, n]` int64.
 
@@ -80,7 +86,9 @@ def _first_index(parameter: Tensor) -> int:
     if not isinstance(parameter, DTensor):
         return 0
     mesh = parameter.device_mesh
-    rows = -(-parameter.shape[0] // mesh.size())  # torch.chunk gives ceil(n / ranks) rows to all but the last ranks
+    rows = -(
+        -parameter.shape[0] // mesh.size()
+    )  # torch.chunk gives ceil(n / ranks) rows to all but the last ranks
     row_elements = parameter.numel() // parameter.shape[0]
     return min(rows * mesh.get_local_rank(), parameter.shape[0]) * row_elements
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cpbench.report.identity import format_ranks, mode_words
 from cpbench.report.palette import MODE_DASH
 from cpbench.report.plots import thinned
 from cpbench.report.quantities import (
@@ -26,10 +27,19 @@ from cpbench.report.quantities import (
     log_title,
     shown_panels,
 )
-from cpbench.report.series import Overview, Panel, Point, Series, format_ranks, mode_words, outcome_runs
+from cpbench.report.series import Overview, Panel, Point, Series, outcome_runs
 from cpbench.units import format_length, format_seconds
 
 _STRIP_PIXELS, _LINE_PIXELS, _BAR_PIXELS = 19, 320, 34
+_MARGIN = {"l": 56, "r": 12, "t": 10, "b": 52}  # pixels
+_EMPTY = {
+    "text": "no case has a number here",
+    "xref": "paper",
+    "yref": "paper",
+    "x": 0.5,
+    "y": 0.4,
+    "showarrow": False,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,53 +117,50 @@ def chart_groups(overview: Overview) -> tuple[ChartGroup, ...]:
 
 def _line_chart(line: Line, panel: Panel, number: int) -> Chart:
     divisor, _ = line.scale(panel)
-    failing = [series for series in panel.series if series.missing]
+    scales, log = _scales(line, panel), line.spans_decades(panel)
+    failing = [(f"s{i}", series) for i, series in enumerate(panel.series) if series.missing]
+    curves = [_line_trace(line, series, f"s{i}", divisor) for i, series in enumerate(panel.series)]
+    marks = [_strip_trace(series, panel.lengths, group, row) for row, (group, series) in enumerate(failing)]
     strip = len(failing) * _STRIP_PIXELS
     height = _LINE_PIXELS + strip
-    plot_height = height - 72
-    split_at = 1 - (strip / plot_height if strip else 0)
-    scales, log = _scales(line, panel), line.spans_decades(panel)
-    data = [_line_trace(line, series, f"s{i}", divisor) for i, series in enumerate(panel.series)]
-    data += [
-        _strip_trace(series, panel.lengths, f"s{panel.series.index(series)}", row)
-        for row, series in enumerate(failing)
-    ]
+    border = 1 - strip / (height - _MARGIN["t"] - _MARGIN["b"])
     layout: dict[str, Any] = {
-        "xaxis": _length_axis(panel.lengths),
+        "xaxis": _length_axis(panel),
         "yaxis": {
-            "domain": [0, split_at - (0.02 if strip else 0)],
+            "domain": [0, border - (0.02 if failing else 0)],
             "automargin": True,
             **scales["log" if log else "linear"],
         },
         "hovermode": "closest",
-        "margin": {"l": 56, "r": 12, "t": 12, "b": 52},
+        "margin": _MARGIN,
     }
     if failing:
-        layout["yaxis2"] = {
-            "domain": [split_at, 1],
-            "range": [len(failing) - 0.5, -0.5],
-            "fixedrange": True,
-            "showgrid": False,
-            "zeroline": False,
-            "showticklabels": False,
-            "anchor": "x",
-        }
-    if not any(trace["x"] for trace in data[: len(panel.series)]):
-        layout["annotations"] = [
-            {"text": "no case has a number here", "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.4,
-             "showarrow": False}
-        ]  # fmt: skip
+        layout["yaxis2"] = _strip_axis(border, len(failing))
+    if not any(curve["x"] for curve in curves):
+        layout["annotations"] = [_EMPTY]
     return Chart(
         name=f"{line.name}-{number}",
         title=panel.title,
         caption="",
         note="",
         legend=_legend(panel),
-        figure={"data": data, "layout": layout},
+        figure={"data": curves + marks, "layout": layout},
         height=height,
         scales=scales,
         log=log,
     )
+
+
+def _strip_axis(bottom: float, rows: int) -> dict[str, Any]:
+    return {
+        "domain": [bottom, 1],
+        "range": [rows - 0.5, -0.5],
+        "fixedrange": True,
+        "showgrid": False,
+        "zeroline": False,
+        "showticklabels": False,
+        "anchor": "x",
+    }
 
 
 def _line_trace(line: Line, series: Series, group: str, divisor: float) -> dict[str, Any]:
@@ -215,13 +222,13 @@ def _scales(line: Line, panel: Panel) -> dict[str, dict[str, Any]]:
     }
     log = {
         "type": "log",
-        "title": {"text": log_title(title)},
+        "title": _title(log_title(title)),
         "range": [math.log10(ticks[0]), math.log10(ticks[-1])],
         "tickmode": "array",
         "tickvals": ticks,
         "ticktext": [format_tick(tick) for tick in ticks],
     }
-    return {"linear": linear | {"title": {"text": title}, "exponentformat": "none"}, "log": log}
+    return {"linear": linear | {"title": _title(title), "exponentformat": "none"}, "log": log}
 
 
 def _hover(point: Point, series: Series, line: Line, value: float) -> str:
@@ -239,51 +246,72 @@ def _hover(point: Point, series: Series, line: Line, value: float) -> str:
     return "<br>".join([*rows, _folded(mode_words(series.identity))])
 
 
-def _length_axis(lengths: Sequence[int]) -> dict[str, Any]:
+def _length_axis(panel: Panel) -> dict[str, Any]:
+    lengths = panel.lengths
     ticks = thinned(lengths, 8)
     low, high = math.log10(lengths[0]), math.log10(lengths[-1])
     pad = max((high - low) * 0.06, 0.06)
     return {
         "type": "log",
-        "title": {"text": "Sequence length (tokens, log scale)"},
+        "title": _title("Sequence length (tokens, log scale)"),
         "tickvals": ticks,
         "ticktext": [format_length(tick) for tick in ticks],
         "tickangle": 0,
-        "range": [low - pad, high + pad],
+        "range": [low - (max((high - low) * 0.2, 0.2) if panel.words_first else pad), high + pad],
         "showgrid": False,
         "zeroline": False,
     }
 
 
 def _split_chart(split: Split, panel: Panel, bars: Bars, number: int) -> Chart:
-    divisor, axis = split.scale(bars)
-    # Numbers on the axis, names as tick labels: two series with one label stay two bars.
     names = ["<br>".join(map(_safe, textwrap.wrap(series.label, 20)[:4])) for series in bars.bars]
-    positions = list(range(len(names)))
-    data: list[dict[str, Any]] = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": _safe(segment.name),
-            "legendgroup": f"s{index}",
-            "y": positions,
-            "x": [value / divisor for value in segment.values],
-            "width": 0.68,
-            "marker": {"color": segment.color},
-            "hovertext": [
-                f"<b>{_safe(series.label)}</b><br>{_safe(segment.name)}: <b>{split.show(value)}</b><br>"
-                f"of {total} at {format_length(bars.length)}<br>{_folded(mode_words(series.identity))}"
-                for series, value, total in zip(bars.bars, segment.values, bars.totals, strict=True)
-            ],
-            "hoverinfo": "text",
-        }
-        for index, segment in enumerate(bars.segments)
-    ]
-    ends = [sum(segment.values[i] for segment in bars.segments) / divisor for i in positions]
     lines = sum(max(name.count("<br>") + 1, 2) for name in names)
-    layout: dict[str, Any] = {
+    return Chart(
+        name=f"{split.name}-{number}",
+        title=panel.title,
+        caption=bars.where,
+        note=bars.absence,
+        legend=tuple(
+            LegendItem(group=f"s{i}", label=segment.name, color=segment.color, marker="block", dash="solid")
+            for i, segment in enumerate(bars.segments)
+        ),
+        figure={
+            "data": [_segment_trace(split, bars, index) for index in range(len(bars.segments))],
+            "layout": _split_layout(split, bars, names),
+        },
+        height=72 + max(_BAR_PIXELS * len(names), 18 * lines),
+    )
+
+
+def _segment_trace(split: Split, bars: Bars, index: int) -> dict[str, Any]:
+    divisor, _ = split.scale(bars)
+    segment = bars.segments[index]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": _safe(segment.name),
+        "legendgroup": f"s{index}",
+        # Positions, with the labels as ticks: two series with one label stay two bars.
+        "y": list(range(len(bars.bars))),
+        "x": [value / divisor for value in segment.values],
+        "width": 0.68,
+        "marker": {"color": segment.color},
+        "hovertext": [
+            f"<b>{_safe(series.label)}</b><br>{_safe(segment.name)}: <b>{split.show(value)}</b><br>"
+            f"of {total} at {format_length(bars.length)}<br>{_folded(mode_words(series.identity))}"
+            for series, value, total in zip(bars.bars, segment.values, bars.totals, strict=True)
+        ],
+        "hoverinfo": "text",
+    }
+
+
+def _split_layout(split: Split, bars: Bars, names: Sequence[str]) -> dict[str, Any]:
+    divisor, axis = split.scale(bars)
+    positions = list(range(len(names)))
+    ends = [sum(segment.values[i] for segment in bars.segments) / divisor for i in positions]
+    return {
         "barmode": "stack",
-        "xaxis": {"title": {"text": axis}, "zeroline": False, "range": [0, max(ends) * 1.22 or 1]},
+        "xaxis": {"title": _title(axis), "zeroline": False, "range": [0, max(ends) * 1.35 or 1]},
         "yaxis": {
             "tickvals": positions,
             "ticktext": names,
@@ -298,20 +326,8 @@ def _split_chart(split: Split, panel: Panel, bars: Bars, number: int) -> Chart:
             for position, end, total in zip(positions, ends, bars.totals, strict=True)
         ],
         "hovermode": "closest",
-        "margin": {"l": 12, "r": 12, "t": 8, "b": 52},
+        "margin": _MARGIN | {"l": 12},
     }
-    return Chart(
-        name=f"{split.name}-{number}",
-        title=panel.title,
-        caption=bars.where,
-        note=bars.absence,
-        legend=tuple(
-            LegendItem(group=f"s{i}", label=segment.name, color=segment.color, marker="block", dash="solid")
-            for i, segment in enumerate(bars.segments)
-        ),
-        figure={"data": data, "layout": layout},
-        height=72 + max(_BAR_PIXELS * len(names), 18 * lines),
-    )
 
 
 def _legend(panel: Panel) -> tuple[LegendItem, ...]:
@@ -325,6 +341,11 @@ def _legend(panel: Panel) -> tuple[LegendItem, ...]:
         )
         for index, series in enumerate(panel.series)
     )
+
+
+def _title(text: str) -> dict[str, Any]:
+    """With a standoff, so that wide tick labels push the title away."""
+    return {"text": text, "standoff": 8}
 
 
 def _safe(text: str) -> str:

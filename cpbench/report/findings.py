@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpbench.record import Record
+from cpbench.report.identity import format_ranks, mode_words
 from cpbench.report.palette import MODE_WORD
-from cpbench.report.series import Overview, Panel, Series, format_ranks, mode_words, point_at
+from cpbench.report.series import Overview, Panel, Series, point_at
 from cpbench.units import format_bytes, format_length, format_rate
 
 
@@ -36,15 +37,16 @@ def introduction(overview: Overview) -> tuple[str, ...]:
     ]
     if any(point.record.mode == "measure" and point.record.device == "cpu" for point in overview.points):
         text.append(
-            "Ranks that ran on CPU are processes of this machine that share its processors: their memory is "
-            "exact (the CPU allocator's own events) and their loss real, but their times say little about GPUs."
+            "Ranks that ran on CPU are processes of one machine that share its processors: their memory is "
+            "exact (the CPU allocator's own events) and their loss real, but their times say little about "
+            "GPUs."
         )
     worlds = {identity.world_size for identity in identities}
     if 1 in worlds and len(worlds) > 1:
         text.append(
             "A series of 1 rank holds the whole sequence and all parameters, so its memory per rank is "
-            "naturally larger than that of the series that divide both over several ranks: it is the reference for the "
-            "loss, not a competitor."
+            "naturally larger than that of the series that divide both over several ranks: it is the "
+            "reference for the loss, not a competitor."
         )
     return tuple(text)
 
@@ -70,10 +72,10 @@ def findings(overview: Overview) -> tuple[Finding, ...]:
 
 
 _MODE_TEXT = {
-    "measure": "Measured: every rank was a real process; memory comes from its allocator, time from its clock.",
+    "measure": "Measured: every rank was a real process; memory is its allocator's, time its clock's.",
     "emulate": "Emulated: one rank ran on one device with all its bytes; its memory and compute time are "
     "measured, communication is modelled, and its loss means nothing.",
-    "estimate": "Estimated: nothing was run; memory is counted from the tensors of the step, time is modelled.",
+    "estimate": "Estimated: nothing was run; memory is counted over the tensors of the step, time modelled.",
 }
 
 _QUESTIONS: tuple[
@@ -116,11 +118,14 @@ def _best(
     value, winner = best(values, key=lambda pair: pair[0])
     identity = winner.identity
     details = (
-        f"{show(value)} at {format_length(length)}; {len(values)} methods compared, "
+        f"{show(value)} at {format_length(length)}; {len(values)} series compared, "
         f"{format_ranks(identity.world_size)}, {MODE_WORD[identity.mode]}"
     )
     where = f" ({panel.title})" if panel.title else ""
-    return Finding(question=question + where, answer=identity.method, details=details)
+    alone = sum(series.identity.method == identity.method for series in group) == 1
+    return Finding(
+        question=question + where, answer=identity.method if alone else winner.label, details=details
+    )
 
 
 def _value(record: Record, name: str) -> float | None:

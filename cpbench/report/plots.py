@@ -172,11 +172,8 @@ def _length_axis(axes: Axes, panel: Panel) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     span = lengths[-1] / lengths[0]
     pad = max(1.12, span**0.05)
-    # Words stand to the left of a mark, so a mark at the shortest length needs room there.
-    words_first = any(
-        point.record.seq_len == lengths[0] for series in panel.series for point in series.missing
-    )
-    axes.set_xlim(lengths[0] / (max(1.3, span**0.13) if words_first else pad), lengths[-1] * pad)
+    # Words stand to the left of a mark.
+    axes.set_xlim(lengths[0] / (max(1.3, span**0.13) if panel.words_first else pad), lengths[-1] * pad)
     axes.set_xlabel("Sequence length (tokens, log scale)")
 
 
@@ -236,7 +233,7 @@ def _split_figure(split: Split, overview: Overview) -> Figure:
     charts = [split.bars(panel) for panel in panels]
     heights = [_BAR_HEIGHT * (len(bars.bars) if bars else 2) + 0.1 for bars in charts]
     titles = [
-        ", ".join(part for part in (panel.title, f"{bars.where}. {bars.absence}" if bars else "") if part)
+        ", ".join(part for part in (panel.title, bars.caption if bars else "") if part)
         for panel, bars in zip(panels, charts, strict=True)
     ]
     figure, rows = _canvas(split.title, f"{overview.subtitle}\n{split.note} {note}", heights, titles)

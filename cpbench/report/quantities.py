@@ -1,4 +1,4 @@
-"""The questions that pictures and charts answer, and how numbers become marks: alike in PNG and on the page."""
+"""The questions that pictures and charts answer, and how numbers become marks, in PNG and on the page."""
 
 from __future__ import annotations
 
@@ -84,6 +84,11 @@ class Bars:
     def where(self) -> str:
         """The length in words."""
         return f"at {format_length(self.length)} tokens"
+
+    @property
+    def caption(self) -> str:
+        """The length, and who is missing there."""
+        return f"{self.where}. {self.absence}" if self.absence else self.where
 
     @property
     def absence(self) -> str:
@@ -208,8 +213,7 @@ LINES: tuple[Line, ...] = (
         axis="Tokens/s per rank",
         field="tokens_per_second_per_gpu",
         unit="rate",
-        note="Tokens of a step over the median step time and the number of ranks; a rank is a GPU, or a CPU
-        process.",
+        note="Tokens of a step over the median step time and the ranks; a rank is a GPU, or a CPU process.",
     ),
     Line(
         name="attention_intermediates",
@@ -217,8 +221,7 @@ LINES: tuple[Line, ...] = (
         axis="Attention intermediates",
         field="attention_intermediate_peak_bytes",
         unit="bytes",
-        note="Peak of what an attention block holds beyond its input and output, on the rank that needs
-        most.",
+        note="Peak of what an attention block holds beyond its input and output; the rank that needs most.",
     ),
 )
 
@@ -237,8 +240,9 @@ SPLITS: tuple[Split, ...] = (
         title="Where the step time goes",
         axis="Step time",
         unit="seconds",
-        note="Medians of the slowest rank; each part has its own median, so parts need not add up to the whole
-        " "step, whose median stands at the end of the bar.", parts=_phases, total=lambda record:
-        record.step_seconds,
+        note="Medians of the slowest rank; each part has its own median, so parts need not add up to the "
+        "whole step, whose median stands at the end of the bar.",
+        parts=_phases,
+        total=lambda record: record.step_seconds,
     ),
 )

@@ -1,47 +1,20 @@
-"""Points to rows of text: the results table, failures, warnings, findings, environment, and summary.md.
+"""Points to rows of text: the results table, failures, warnings, environment, and summary.md.
 
-Pure functions: a cell is its text and the number it sorts by; escaping is the business of whoever shows it.
+Pure functions; escaping is the business of whoever shows the text.
 """
 
 from __future__ import annotations
 
 import html
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpbench.record import Record
 from cpbench.report.checks import mixed_sources
+from cpbench.report.columns import COLUMNS, Cell, Column
 from cpbench.report.load import Loaded, RunFacts
-from cpbench.report.palette import MODE_WORD, StatusWords
-from cpbench.report.series import Overview, Panel, Point, Series, stack_words
-from cpbench.units import format_bytes, format_length, format_rate, format_seconds
-
-MISSING = "-"
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One value of a table."""
-
-    text: str
-    sort: float | str | None
-    """What the column is sorted by; None (missing) comes last in either direction."""
-    kind: str = ""
-    """A class for its looks: `good`, `bad` or empty."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Column:
-    """A column of the results table."""
-
-    title: str
-    about: str
-    """What it means, with the unit."""
-    cell: Callable[[Point, Series], Cell]
-    numeric: bool = True
-    always: bool = False
-    """Shown also where it says the same in every row."""
+from cpbench.report.palette import StatusWords
+from cpbench.report.series import Overview, Panel, Point, Series
+from cpbench.units import format_bytes, format_length
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +53,7 @@ def results_table(overview: Overview) -> Table:
     columns: list[Column] = []
     cells: list[list[Cell]] = []
     left_out: list[str] = []
-    for column in _COLUMNS:
+    for column in COLUMNS:
         values = [column.cell(point, series) for point, series in pairs]
         if column.numeric and not column.always and all(cell.sort is None for cell in values):
             left_out.append(column.title.lower())
@@ -144,11 +117,11 @@ def loss_note(overview: Overview) -> str:
     """Say how many losses were held against `single`, and how many differ."""
     compared = [point for point in overview.points if point.loss.relative is not None]
     if not compared:
-        return "No loss could be compared: no finished case of single has the same model, length, dtype and seed."
+        return "No loss could be compared: no finished case of single has the same model, length and seed."
     differing = sum(point.loss.differs for point in compared)
     verdict = f"{differing} differ and are flagged and not plotted" if differing else "all agree"
     return (
-        f"{len(compared)} losses were compared with single at the same model, length, dtype, seed and batch size "
+        f"{len(compared)} losses were compared with single at the same model, length, dtype, seed and batch "
         f"(relative tolerance 1e-4 in float32, 2e-2 in bfloat16): {verdict}."
     )
 
@@ -163,7 +136,10 @@ def summary_markdown(overview: Overview, loaded: Loaded) -> str:
     sections = (
         (
             "Without a result",
-            [f"{f.case}: **{_markdown(f.status)}**: {_markdown(f.reason)}" for f in failures(overview)],
+            [
+                f"{_markdown(f.case)}: **{_markdown(f.status)}**: {_markdown(f.reason)}"
+                for f in failures(overview)
+            ],
         ),
         ("Warnings", [_markdown(text) for text in warnings(overview, loaded)]),
         ("Skipped files", [_markdown(text) for text in loaded.skipped]),
@@ -225,153 +201,3 @@ def _markdown(text: str) -> str:
     for character in "\\`*_[]|~":
         safe = safe.replace(character, "\\" + character)
     return safe.replace("://", ":\u200b//")
-
-
-def _number(name: str, show: Callable[[float | None], str]) -> Callable[[Point, Series], Cell]:
-    def cell(point: Point, _: Series) -> Cell:
-        value: float | None = getattr(point.record, name)
-        return Cell(show(value), value)
-
-    return cell
-
-
-def _text(value: Callable[[Record], str]) -> Callable[[Point, Series], Cell]:
-    return lambda point, _: Cell(value(point.record) or MISSING, value(point.record) or None)
-
-
-def _status(point: Point, _: Series) -> Cell:
-    return Cell(point.outcome.short, point.outcome.short, "good" if point.plotted else "bad")
-
-
-def _loss_difference(point: Point, _: Series) -> Cell:
-    relative = point.loss.relative
-    return Cell(
-        MISSING if relative is None else f"{relative:.1e}", relative, "bad" if point.loss.differs else ""
-    )
-
-
-def _float(value: float | None, digits: str = ".4g") -> str:
-    return MISSING if value is None else format(value, digits)
-
-
-def _percent(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1%}"
-
-
-_COLUMNS: tuple[Column, ...] = (
-    Column(
-        title="Method",
-        about="Context-parallel method",
-        cell=_text(lambda r: r.method),
-        numeric=False,
-        always=True,
-    ),
-    Column(
-        title="Options",
-        about="Options of the method",
-        cell=_text(lambda r: ", ".join(f"{k}={json.dumps(v)}" for k, v in sorted(r.options.items()))),
-        numeric=False,
-    ),
-    Column(title="Model", about="Model preset", cell=_text(lambda r: r.model), numeric=False),
-    Column(
-        title="Length",
-        about="Global sequence length in tokens",
-        cell=lambda p, _: Cell(format_length(p.record.seq_len), p.record.seq_len),
-        always=True,
-    ),
-    Column(
-        title="Ranks",
-        about="Processes that share the sequence and the parameters",
-        cell=lambda p, _: Cell(str(p.record.world_size), p.record.world_size),
-    ),
-    Column(title="Batch", about="Sequences per step", cell=_text(lambda r: str(r.batch_size)), numeric=False),
-    Column(title="Dtype", about="Compute dtype", cell=_text(lambda r: r.dtype), numeric=False),
-    Column(
-        title="Stack",
-        about="Checkpointing, offload, tiling",
-        cell=_text(lambda r: stack_words(r.stack)),
-        numeric=False,
-    ),
-    Column(
-        title="Mode",
-        about="How the numbers came to be",
-        cell=lambda _, s: Cell(MODE_WORD[s.identity.mode], s.identity.mode),
-        numeric=False,
-        always=True,
-    ),
-    Column(
-        title="Where",
-        about="Machine, or machine profile of an estimate",
-        cell=lambda _, s: Cell(s.identity.place, s.identity.place),
-        numeric=False,
-    ),
-    Column(title="Status", about="Outcome of the case", cell=_status, numeric=False, always=True),
-    Column(
-        title="Peak allocated",
-        about="Peak bytes in live device tensors, largest over ranks",
-        cell=_number("peak_allocated_bytes", format_bytes),
-        always=True,
-    ),
-    Column(
-        title="Peak reserved",
-        about="Peak bytes held by the caching allocator, largest over ranks",
-        cell=_number("peak_reserved_bytes", format_bytes),
-    ),
-    Column(
-        title="Outside torch",
-        about="Device bytes outside torch (NVML - reserved)",
-        cell=_number("non_torch_bytes", format_bytes),
-    ),
-    Column(
-        title="Attention",
-        about="Peak of attention intermediates, largest over ranks",
-        cell=_number("attention_intermediate_peak_bytes", format_bytes),
-    ),
-    Column(
-        title="Host RSS",
-        about="Peak resident set of the process",
-        cell=_number("host_rss_peak_bytes", format_bytes),
-    ),
-    Column(
-        title="Host pinned",
-        about="Peak of the pinned host pool",
-        cell=_number("host_pinned_peak_bytes", format_bytes),
-    ),
-    Column(
-        title="Step",
-        about="Median over timed steps of the slowest rank",
-        cell=_number("step_seconds", format_seconds),
-        always=True,
-    ),
-    Column(title="Forward", about="Forward pass, median", cell=_number("forward_seconds", format_seconds)),
-    Column(title="Backward", about="Backward pass, median", cell=_number("backward_seconds", format_seconds)),
-    Column(
-        title="Optimizer", about="Clip and update, median", cell=_number("optimizer_seconds", format_seconds)
-    ),
-    Column(
-        title="Tokens/s", about="Tokens per second, all ranks", cell=_number("tokens_per_second", format_rate)
-    ),
-    Column(
-        title="Tokens/s/rank",
-        about="Tokens per second and rank",
-        cell=_number("tokens_per_second_per_gpu", format_rate),
-        always=True,
-    ),
-    Column(
-        title="TFLOP/s/rank",
-        about="Model FLOPs, 1e12 per second and rank",
-        cell=_number("tflops_per_gpu", _float),
-    ),
-    Column(title="MFU", about="Model FLOPs over the device's dense peak", cell=_number("mfu", _percent)),
-    Column(
-        title="Loss", about="Mean loss after the last step", cell=_number("loss", lambda v: _float(v, ".5f"))
-    ),
-    Column(title="Loss vs single", about="Relative difference to single", cell=_loss_difference),
-    Column(
-        title="Kernel",
-        about="Attention kernel that ran",
-        cell=_text(lambda r: r.attention_backend or ""),
-        numeric=False,
-    ),
-    Column(title="Run", about="Run folder", cell=lambda p, _: Cell(p.entry.run, p.entry.run), numeric=False),
-)

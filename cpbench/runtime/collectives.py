@@ -60,7 +60,9 @@ def all_to_all_sequence(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
         return t
     b, s, heads, e = t.shape
     with recorder.scope("communication"):
-        packed = t.view(b, n, s // n, heads, e).transpose(0, 1).contiguous()  # [n, b, s/n, h/n, e]; a view if b == 1
+        packed = (
+            t.view(b, n, s // n, heads, e).transpose(0, 1).contiguous()
+        )  # [n, b, s/n, h/n, e]; a view if b == 1
         received = torch.empty_like(packed)
         dist.all_to_all_single(received, packed, group=group.handle)
     del packed

@@ -17,10 +17,6 @@ class HeadBytes:
     """All query heads, M = b tokens H e bytes-per-element."""
     kv: int
     """All KV heads, K = M Hkv / H."""
-    lse: int
-    """Float32 log-sum-exp of all query heads, b tokens H 4."""
-    hidden: int
-    """Hidden states, D = b tokens d bytes-per-element."""
     element: int
     """Bytes of one element."""
 
@@ -32,8 +28,6 @@ class HeadBytes:
         return cls(
             q=rows * a.attention_dim * element,
             kv=rows * a.kv_dim * element,
-            lse=rows * a.num_heads * 4,
-            hidden=rows * a.hidden_dim * element,
             element=element,
         )
 

@@ -31,13 +31,24 @@ class Kernels:
 
     name: AttentionBackend
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
         """Return (out `[b, s, h, e]`, lse `[b, h, s]` float32)."""
         out, lse = torch.ops.cpbench.attention_forward(q, k, v, causal, scale, self.name)
         return out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return (dq, dk, dv) in the shapes and dtype of q, k, v; `out` and `lse` may be merged over blocks."""
         dq, dk, dv = torch.ops.cpbench.attention_backward(dout, q, k, v, out, lse, causal, scale, self.name)
@@ -51,7 +62,9 @@ def select_kernels(case: Case) -> Kernels:
         Unsupported: the backend asked for cannot run on the device or in the dtype.
     """
     wanted = case.attention_backend
-    on_device: tuple[AttentionBackend, ...] = ("cpu-flash",) if case.device == "cpu" else ("cuda-flash", "cudnn")
+    on_device: tuple[AttentionBackend, ...] = (
+        ("cpu-flash",) if case.device == "cpu" else ("cuda-flash", "cudnn")
+    )
     if wanted != "auto" and wanted not in on_device:
         raise Unsupported(
             f"attention backend {wanted!r} does not run on {case.device}; choose auto, {', '.join(on_device)}"
@@ -61,7 +74,9 @@ def select_kernels(case: Case) -> Kernels:
             f"flash attention on cuda has no {case.dtype} kernel; use --dtype bfloat16, or --device cpu for float32"
         )
     if case.device == "cuda" and case.architecture.head_dim > 256:
-        raise Unsupported(f"head_dim={case.architecture.head_dim} is above the 256 that flash attention on cuda takes")
+        raise Unsupported(
+            f"head_dim={case.architecture.head_dim} is above the 256 that flash attention on cuda takes"
+        )
     return Kernels(name=on_device[0] if wanted == "auto" else wanted)
 
 
@@ -117,7 +132,21 @@ def attention_backward(
         state = torch.empty(2, dtype=torch.uint64, device=q.device)
         none = torch.empty(0, device=q.device)
         dq, dk, dv = _ATEN._flash_attention_backward(
-            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, state, none, scale=scale
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[1],
+            k.shape[1],
+            0.0,
+            causal,
+            state,
+            none,
+            scale=scale,
         )
         return dq, dk, dv
     seed = torch.zeros((), dtype=torch.int64, device=q.device)

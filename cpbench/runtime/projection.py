@@ -25,7 +25,9 @@ class HeadNorm:
     eps: float
 
 
-def project(x: Tensor, weight: Tensor, head_dim: int, *, norm: HeadNorm | None = None, rope: Rope | None = None) -> Tensor:
+def project(
+    x: Tensor, weight: Tensor, head_dim: int, *, norm: HeadNorm | None = None, rope: Rope | None = None
+) -> Tensor:
     """Return heads of x: `[b, n, d], [h*e, d] -> [b, n, h, e]`, normalised, then rotated."""
     t = functional.linear(x, weight).unflatten(-1, (-1, head_dim))
     if norm is not None:
@@ -47,7 +49,7 @@ def project_backward(
     """Undo `project`: add to dx and return the gradients of the weights.
 
     Args:
-        grad: gradient of the heads, `[b, n, h, e]`, contiguous; overwritten.
+        grad: gradient of the heads, `[b, n, h, e]`; overwritten.
         x: as given to `project`.
         weight: as given to `project`.
         dx: gradient of x, `[b, n, d]`; added to, or written when `first`.
@@ -59,6 +61,7 @@ def project_backward(
         (gradient of weight, gradient of norm.weight or None).
     """
     head_dim = grad.shape[-1]
+    grad = grad.contiguous()  # an all-to-all of one head a rank gives a transposed view
     if rope is not None:
         rope.rotate_(grad, inverse=True)
     norm_grad = None
@@ -79,7 +82,9 @@ def _norm_backward_(grad: Tensor, raw: Tensor, norm: HeadNorm) -> Tensor:
     weight = norm.weight.float()
     weight_grad = torch.zeros_like(weight)
     for g, r in zip(
-        grad.split(max(1, _TILE_ELEMENTS // grad.shape[-1])), raw.split(max(1, _TILE_ELEMENTS // grad.shape[-1])), strict=True
+        grad.split(max(1, _TILE_ELEMENTS // grad.shape[-1])),
+        raw.split(max(1, _TILE_ELEMENTS // grad.shape[-1])),
+        strict=True,
     ):
         up, pre = g.float(), r.float()
         inverse = torch.rsqrt(pre.square().mean(-1, keepdim=True) + norm.eps)

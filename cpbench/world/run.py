@@ -106,7 +106,9 @@ class CaseRun:
     def report(self, step: TrainStep) -> RankReport:
         """Return what this rank measured."""
         if self.log.unknown:
-            raise RuntimeError(f"collectives that are not counted: {', '.join(sorted(set(self.log.unknown)))}")
+            raise RuntimeError(
+                f"collectives that are not counted: {', '.join(sorted(set(self.log.unknown)))}"
+            )
         return RankReport(
             rank=self.world.rank,
             memory=self._memory(step),

@@ -23,8 +23,8 @@ from cpbench.outcome import Outcome, explain
 from cpbench.record import RankFailure, Status
 from tests.cpbench.workers.harness import TOKEN, alive, fake_case, fake_job, hanging
 
-SUMMARY = """E1123 08:32:23.7 5313 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)
-W1123 08:32:23.7 5313 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 18 closing signal
+SUMMARY = """E1123 08:32:23 5313 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)
+W1123 08:32:23 5313 torch/distributed/elastic/multiprocessing/api.py:1028] Sending process 18 closing signal
 Failures:
 [1]:
   rank      : 0 (local_rank: 0)

@@ -1,0 +1,165 @@
+"""What a sweep shows: live table and summary at several widths, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cpbench.case import Case
+from cpbench.expand import Plan, ResolvedCase
+from cpbench.launch import Progress
+from cpbench.mode import ModeChoice
+from cpbench.progress import LiveDisplay, PlainDisplay, make_display
+from cpbench.record import Record
+from cpbench.scenario import Scenario
+from cpbench.summary import case_columns, print_cases, print_summary
+from tests.cpbench.workers.harness import fake_case
+
+FACTS = {
+    "machine": None,
+    "cpbench_version": "0",
+    "git_commit": None,
+    "method_source_hash": None,
+    "started": "2026-01-01T00:00:00+00:00",
+    "duration_seconds": 12.0,
+}
+
+
+def plan_of(number: int) -> Plan:
+    cases = tuple(ResolvedCase(case=fake_case("ok", seq_len=1024 * (k + 1))) for k in range(number))
+    return Plan(scenario=Scenario(name="fake"), choice=ModeChoice("measure", "cpu", "a test"), cases=cases)
+
+
+def ok(case: Case) -> Record:
+    record = Record.without_result(case, "ok", "", FACTS)
+    numbers = {
+        "peak_allocated_bytes": 51 * 2**30,
+        "step_seconds": 12.3,
+        "tokens_per_second_per_gpu": 123456.0,
+    }
+    return record.model_copy(update=numbers | {"reason": None})
+
+
+def failed(case: Case, reason: str) -> Record:
+    return Record.without_result(case, "error", reason, FACTS)
+
+
+def terminal(width: int, height: int = 24) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_live_table_fits_the_terminal(width: int) -> None:
+    """Status, peak, step, rate, what runs now and the mode are all visible, and no line is too long."""
+    plan = plan_of(3)
+    console = terminal(width)
+    display = LiveDisplay(plan, console)
+    display.finished(ok(plan.cases[0].case))
+    display.started(plan.cases[1].case)
+    display.waiting(Progress(phase="step", done=2, total=5), 3.0)
+    console.print(display._render())
+    output = text_of(console)
+    for phrase in (
+        "51.0 GiB",
+        "12.3 s",
+        "123,456",
+        "running",
+        "waiting",
+        "step 2/5",
+        "1/3 done",
+        "mode measure on cpu",
+    ):
+        assert phrase in output
+    assert max(map(len, output.splitlines())) <= width
+
+
+def test_a_long_sweep_shows_a_window_with_the_running_case() -> None:
+    """With more cases than lines, the case that runs is shown and the number of hidden ones is said."""
+    plan = plan_of(100)
+    console = terminal(80, height=20)
+    display = LiveDisplay(plan, console)
+    for item in plan.cases[:60]:
+        display.finished(ok(item.case))
+    display.started(plan.cases[60].case)
+    console.print(display._render())
+    output = text_of(console)
+    assert "61K" in output
+    assert "running" in output
+    assert "86 more not shown" in output
+    assert len(output.splitlines()) < 20
+
+
+def test_time_left_counts_only_cases_that_ran() -> None:
+    """The estimate is the mean of launched cases times those to come; kept ones do not count."""
+    plan = plan_of(4)
+    display = LiveDisplay(plan, terminal(80))
+    display.finished(ok(plan.cases[0].case), kept=True)
+    assert display._remaining_seconds() is None
+    display.finished(ok(plan.cases[1].case))
+    assert display._remaining_seconds() == 24.0
+
+
+def test_the_display_follows_the_console() -> None:
+    """A terminal gets the live table, a pipe gets lines."""
+    plan = plan_of(1)
+    assert isinstance(make_display(plan, terminal(80)), LiveDisplay)
+    assert isinstance(make_display(plan, Console(file=io.StringIO())), PlainDisplay)
+
+
+def test_plain_lines_survive_brackets_and_width() -> None:
+    """A reason with square brackets and more characters than the width stays one whole line."""
+    plan = plan_of(1)
+    console = Console(file=io.StringIO(), width=80)
+    with PlainDisplay(plan, console) as display:
+        display.finished(failed(plan.cases[0].case, "[b, s, h] is wrong " + "x" * 100 + "\nsecond line"))
+    line = text_of(console).splitlines()[-1]
+    assert "[b, s, h] is wrong" in line
+    assert "x" * 100 in line
+    assert "second line" not in text_of(console)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_summary_shows_reasons_at_any_width(width: int) -> None:
+    """The table fits, and every reason can be read in full below it."""
+    plan = plan_of(2)
+    console = terminal(width)
+    print_summary(
+        [ok(plan.cases[0].case), failed(plan.cases[1].case, "rank 1 fell over\n  last line")], console
+    )
+    output = text_of(console)
+    assert "mode measure on cpu" in output
+    assert "rank 1 fell over" in output
+    assert "last line" in output
+    assert max(map(len, output.splitlines())) <= width
+
+
+def test_columns_appear_only_where_cases_differ() -> None:
+    """Model, stack, dtype, batch and options take room only if they tell cases apart."""
+    case = fake_case("ok")
+    assert [name for name, _ in case_columns([case, case])] == ["method", "length", "world"]
+    other = case.model_copy(update={"dtype": "bfloat16", "options": {"act": "fail"}})
+    assert [name for name, _ in case_columns([case, other])] == [
+        "method",
+        "length",
+        "world",
+        "dtype",
+        "options",
+    ]
+
+
+def test_dry_run_lists_ids_and_reasons() -> None:
+    """The listing has the id of every case and why some are unsupported."""
+    case = fake_case("ok")
+    console = Console(file=io.StringIO(), width=120)
+    print_cases([ResolvedCase(case=case), ResolvedCase(case=case, unsupported="too many heads")], console)
+    output = text_of(console)
+    assert case.case_id in output
+    assert "act=ok" in output
+    assert "unsupported: too many heads" in output
