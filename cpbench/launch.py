@@ -192,7 +192,7 @@ def _prepare(job: Job) -> Path:
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     job.log_dir.mkdir(parents=True, exist_ok=True)
-    for stale in job.log_dir.glob("*.log") if job.nodes.rank == 0 else ():
+    for stale in job.log_dir.glob("*.log") if job.nodes.count == 1 else ():
         stale.unlink()
     body = {
         "case": job.case.model_dump(mode="json"),
@@ -218,11 +218,9 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     try:
         code = process.wait(timeout=2 * GRACE_SECONDS + 5)
     except subprocess.TimeoutExpired:
-        family = psutil.Process(process.pid).children(recursive=True)
-        for member in [*family, process]:
-            try:
+        for member in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-            except psutil.NoSuchProcess:
-                continue
+        process.kill()
         code = process.wait()
     return code if code >= 0 else 128 - code

@@ -161,7 +161,7 @@ class ParityRank:
             if name not in ("x", "dout")
         }
         x = inputs["x"][:, mine].clone().requires_grad_()
-        y = method.attention(x, AttentionWeights(**leaves), ctx)  # type: ignore[arg-type]
+        y = method.attention(x, AttentionWeights(**leaves), ctx)
         y.backward(inputs["dout"][:, mine].contiguous())
         result = {"out": self._assemble(y.detach(), mine), "dx": self._assemble(_grad(x), mine)}
         for name, leaf in leaves.items():

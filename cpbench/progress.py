@@ -65,7 +65,7 @@ class PlainDisplay:
         self._console = console
         self._plan = plan
         self._total = len(plan.cases)
-        self._done = 0
+        self._position = {item.case.case_id: k for k, item in enumerate(plan.cases, start=1)}
 
     def __enter__(self) -> PlainDisplay:
         self.note(headline(self._plan))
@@ -82,15 +82,14 @@ class PlainDisplay:
 
     def started(self, case: Case) -> None:
         """Print the case."""
-        self.note(f"[{self._done + 1}/{self._total}] {case.title}  started")
+        self.note(f"[{self._position[case.case_id]}/{self._total}] {case.title}  started")
 
     def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
         """Print nothing: a log needs no animation."""
 
     def finished(self, record: Record, *, kept: bool = False) -> None:
         """Print the outcome and its numbers, or the first line of the reason."""
-        self._done += 1
-        self.note(f"[{self._done}/{self._total}] {one_line(record, kept=kept)}")
+        self.note(f"[{self._position[record.case_id]}/{self._total}] {one_line(record, kept=kept)}")
 
 
 def one_line(record: Record, *, kept: bool = False) -> str:

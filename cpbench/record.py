@@ -257,7 +257,7 @@ class Record(_Facts):
         step_seconds = statistics.median(steps[0]) if steps[0] else None
         speed = _speed(case, step_seconds, report.gpu)
         status, reason, warnings = _judge(case, ranks, speed)
-        return cls(
+        fields: dict[str, Any] = dict(
             **_case_fields(case),
             **facts,
             **report.software.model_dump(),
@@ -284,6 +284,7 @@ class Record(_Facts):
             collective_calls=_largest(rank.collective_calls for rank in ranks),
             ranks=tuple(ranks),
         )
+        return cls(**fields)
 
     @classmethod
     def without_result(cls, case: Case, status: Status, reason: str, facts: dict[str, Any]) -> Record:

@@ -213,7 +213,9 @@ class RunFolder:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise RunFolderError(f"run folder {self.path} cannot be read: {error.strerror}") from error
+            raise RunFolderError(
+                f"run folder {self.path} cannot be read ({error.strerror}); choose another place with --runs"
+            ) from error
         if names and not names & {"run.json", "cases"}:
             raise RunFolderError(
                 f"{self.path} is not empty and holds no run; choose another --name or --runs"

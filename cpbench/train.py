@@ -88,7 +88,7 @@ class TrainStep:
         """Run one training step and return its scalars; the clock then holds forward, backward and optimizer."""
         case, recorder = self.case, self.recorder
         inputs, labels = self._batch(step)
-        # FSDP averages gradients over the ranks; each rank's share of the mean loss is therefore scaled by their number.
+        # FSDP averages gradients over the ranks, so each rank's share of the mean loss is scaled by their number.
         scale = case.world_size / (case.seq_len * case.batch_size)
         self.clock.mark()
         with recorder.scope("forward"):

@@ -48,7 +48,7 @@ def verify(job: VerifyJob) -> VerifyReport:
         except CpbenchError:
             raise
         except Exception as error:
-            # Deterministic faults (a wrong shape, say) hit every rank alike, so the others go on to the next method too.
+            # A deterministic fault (a wrong shape, say) hits every rank alike, so all go on to the next method.
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
             results.append(

@@ -53,7 +53,7 @@ class Ulysses:
         return attention_block(x, weights, ctx, _UlyssesCore(ctx))
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms for C ranks; M, K' the bytes of all query heads and of all KV copies of the local n = s/C tokens.
+        """Closed forms for C ranks; M, K' the bytes of all query heads and of all KV copies of n = s/C tokens.
 
         An all-to-all of B bytes over C ranks sends B (C-1)/C.  Forward moves q, k, v, out: 2M + 2K'.  Backward moves
         out, dout, dq, dk, dv: 3M + 2K'.
@@ -92,10 +92,11 @@ class _UlyssesCore:
         copies = replicas(self.ctx.case.architecture.num_kv_heads, group.size)
         out = all_to_all_heads(saved.pop("out"), group, recorder)
         dout_heads = all_to_all_heads(dout(), group, recorder)
-        names = ("q", "k", "v")
         dq, dk, dv = self.ctx.kernels.backward(
             dout_heads,
-            *(saved.pop(name) for name in names),
+            saved.pop("q"),
+            saved.pop("k"),
+            saved.pop("v"),
             out,
             saved.pop("lse"),
             causal=True,

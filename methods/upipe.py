@@ -89,8 +89,8 @@ class UPipe:
         """Attention stage by stage; see `cpbench.method.Method.attention`."""
         stages = Stages.of(ctx.case.architecture, ctx.ulysses.size, self.stage_heads or ctx.ulysses.size)
         w = weights
-        out = _Stages.apply(x, w.wq, w.wk, w.wv, w.q_norm, w.k_norm, ctx, stages)
-        return out.flatten(2) @ w.wo.t()
+        out: Tensor = _Stages.apply(x, w.wq, w.wk, w.wv, w.q_norm, w.k_norm, ctx, stages)
+        return torch.matmul(out.flatten(2), w.wo.t())
 
     def costs(self, case: Case) -> Costs:
         """Closed forms; M, K' the bytes of all query heads and of all KV copies of the local n = s/W tokens.
@@ -165,7 +165,8 @@ class Stages:
 
     def by_copy(self, t: Tensor, *, dim: int) -> Tensor:
         """View a dimension of query heads as [KV copy, query head of the copy]."""
-        return t.unflatten(dim, (self.num_kv_heads, self.ratio))
+        view: Tensor = t.unflatten(dim, (self.num_kv_heads, self.ratio))
+        return view
 
     def originals(self, group: slice) -> slice:
         """Return the KV heads of the model whose copies make up a group."""
@@ -284,13 +285,13 @@ class _StageBlock:
     def gradients(self) -> _Gradients:
         """Buffers for the sums over the stages."""
         w = self.weights
-        wide = [None if n is None else torch.zeros_like(n, dtype=torch.float32) for n in (w.q_norm, w.k_norm)]
         sums = _Gradients(
             torch.empty_like(self.x),
             torch.empty_like(w.wq),
             torch.empty_like(w.wk),
             torch.empty_like(w.wv),
-            *wide,
+            None if w.q_norm is None else torch.zeros_like(w.q_norm, dtype=torch.float32),
+            None if w.k_norm is None else torch.zeros_like(w.k_norm, dtype=torch.float32),
         )
         self.ctx.recorder.mark("attention_input_gradient", sums.dx)
         self.ctx.recorder.mark("weight_gradient", sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm)

@@ -12,12 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import cpbench
-from cpbench.cli.doctor import doctor
-from cpbench.cli.listing import list_
-from cpbench.cli.report import report
-from cpbench.cli.sweep import EXAMPLES, sweep
-from cpbench.cli.verify import EXAMPLES as VERIFY_EXAMPLES
-from cpbench.cli.verify import verify
+from cpbench.cli import doctor, listing, report, sweep, verify
 from cpbench.errors import CpbenchError
 
 _INTERRUPTED = 130
@@ -47,23 +42,27 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 regression or failed verification, 2 wrong usage, "
     "3 a case ended in error or timeout, 130/143 interrupted.",
 )
-app.command("sweep", epilog=EXAMPLES)(sweep)
-app.command("report")(report)
-app.command("verify", epilog=VERIFY_EXAMPLES)(verify)
-app.command("list")(list_)
-app.command("doctor")(doctor)
+app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command("report")(report.report)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("list")(listing.list_)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cpbench {cpbench.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version),
     ] = False,
 ) -> None:
     """Memory, speed and correctness of context-parallel training methods on one equal stack."""
-    if version:
-        typer.echo(f"cpbench {cpbench.__version__}")
-        raise typer.Exit
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ class CpuTrace:
         """End recording and return what happened."""
         self._profile.stop()
         self._recorder.active = False
-        results = self._profile.profiler.kineto_results  # type: ignore[union-attr]  # set by start
+        results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]  # set by start
         return _timeline(results.experimental_event_tree())
 
 

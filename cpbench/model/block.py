@@ -85,7 +85,7 @@ class Block(nn.Module):
         h = x + _Attention.apply(normed, self, *self._attention())
         with recorder.scope("mlp"):
             if settings.tiles.mlp is None:
-                return h + swiglu(rms_norm(h, mlp[0], self.eps), *mlp[1:])
+                return torch.add(h, swiglu(rms_norm(h, mlp[0], self.eps), *mlp[1:]))
             return TiledMlp.apply(h, self.eps, settings.tiles.mlp, *mlp)  # type: ignore[no-any-return]
 
     def _attention(self) -> tuple[Tensor | None, ...]:

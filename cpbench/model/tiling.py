@@ -59,7 +59,7 @@ class WeightGradients:
         """Add one tile's gradients."""
         if self._sums is not None:
             for total, grad in zip(self._sums, grads, strict=True):
-                total += grad
+                total.add_(grad)
         elif self._first is None:
             self._first = list(grads)
         else:

@@ -265,7 +265,7 @@ def _length_axis(panel: Panel) -> dict[str, Any]:
 
 def _split_chart(split: Split, panel: Panel, bars: Bars, number: int) -> Chart:
     names = ["<br>".join(map(_safe, textwrap.wrap(series.label, 20)[:4])) for series in bars.bars]
-    lines = sum(max(name.count("<br>") + 1, 2) for name in names)
+    bar = max(_BAR_PIXELS, 17 * max(name.count("<br>") + 1 for name in names) + 4)
     return Chart(
         name=f"{split.name}-{number}",
         title=panel.title,
@@ -279,7 +279,7 @@ def _split_chart(split: Split, panel: Panel, bars: Bars, number: int) -> Chart:
             "data": [_segment_trace(split, bars, index) for index in range(len(bars.segments))],
             "layout": _split_layout(split, bars, names),
         },
-        height=72 + max(_BAR_PIXELS * len(names), 18 * lines),
+        height=72 + bar * len(names),
     )
 
 

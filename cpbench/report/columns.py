@@ -55,7 +55,7 @@ def _text(value: Callable[[Record], str]) -> Callable[[Point, Series], Cell]:
 
 
 def _status(point: Point, _: Series) -> Cell:
-    return Cell(point.outcome.short, point.outcome.short, "good" if point.plotted else "bad")
+    return Cell(point.outcome.name, point.outcome.name, "good" if point.plotted else "bad")
 
 
 def _loss_difference(point: Point, _: Series) -> Cell:

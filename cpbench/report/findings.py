@@ -53,7 +53,7 @@ def introduction(overview: Overview) -> tuple[str, ...]:
 
 def findings(overview: Overview) -> tuple[Finding, ...]:
     """Return the count of cases, and the best method of the fullest panel at its longest shared length."""
-    outcomes = Counter(point.outcome.short for point in overview.points)
+    outcomes = Counter(point.outcome.name for point in overview.points)
     done = sum(point.plotted for point in overview.points)
     others = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()) if name != "ok")
     found = [

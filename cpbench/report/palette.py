@@ -59,22 +59,23 @@ MODE_WORD: dict[Mode, str] = {"measure": "measured", "emulate": "emulated", "est
 
 @dataclass(frozen=True, slots=True)
 class StatusWords:
-    """How an outcome is named: beside a mark, and in a sentence."""
+    """How an outcome is named: beside a mark, in a table, and in a sentence."""
 
     short: str
+    name: str
     long: str
 
 
 STATUS_WORDS: dict[Status, StatusWords] = {
-    "ok": StatusWords("ok", "finished"),
-    "oom_device": StatusWords("OOM", "out of device memory"),
-    "oom_host": StatusWords("host OOM", "out of host memory"),
-    "unsupported": StatusWords("unsup.", "the method cannot run this case"),
-    "timeout": StatusWords("timeout", "took longer than the time limit"),
-    "error": StatusWords("error", "ended with an error"),
-    "invalid": StatusWords("invalid", "finished, but its numbers cannot be true"),
+    "ok": StatusWords("ok", "ok", "finished"),
+    "oom_device": StatusWords("OOM", "OOM", "out of device memory"),
+    "oom_host": StatusWords("host OOM", "host OOM", "out of host memory"),
+    "unsupported": StatusWords("unsup.", "unsupported", "the method cannot run this case"),
+    "timeout": StatusWords("timeout", "timeout", "took longer than the time limit"),
+    "error": StatusWords("error", "error", "ended with an error"),
+    "invalid": StatusWords("invalid", "invalid", "finished, but its numbers cannot be true"),
 }
-LOSS_DIFFERS = StatusWords("loss differs", "its loss differs from the one of single")
+LOSS_DIFFERS = StatusWords("loss differs", "loss differs", "its loss differs from the one of single")
 
 
 def method_style(method: str, variant: int = 0) -> tuple[str, str]:
@@ -92,7 +93,7 @@ def method_style(method: str, variant: int = 0) -> tuple[str, str]:
     if variant == 0:
         return color, marker
     markers = sorted({style[1] for style in _METHOD_STYLE.values()} | set(_PLUGIN_MARKERS))
-    shade = (0.3, -0.3, 0.5, -0.5)[(variant - 1) % 4]
+    shade = (0.35, -0.22, 0.55, -0.36)[(variant - 1) % 4]
     return _shaded(color, shade), markers[(markers.index(marker) + variant) % len(markers)]
 
 

@@ -339,9 +339,8 @@ def _align_heading(figure: Figure) -> None:
     """Start the heading where the labels of the panels start."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    boxes = [axes.get_tightbbox(canvas.get_renderer()) for axes in figure.axes]
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
     left = min(box.x0 for box in boxes if box is not None) / figure.bbox.width
     for text in figure.texts:
         if text.get_gid() == _HEADING:

@@ -12,7 +12,7 @@ from cpbench.report.palette import PHASES, category_colors
 from cpbench.report.series import Overview, Panel, Series, point_at, shared_length
 from cpbench.units import GIB, KIB, MIB, format_bytes, format_length, format_rate, format_seconds
 
-MAX_PANELS = 12
+MAX_PANELS = 8
 """More panels than this make a picture that nobody reads; the rest is in the tables only."""
 
 _MAX_SEGMENTS = 11
@@ -121,7 +121,7 @@ class Split:
 
     def bars(self, panel: Panel) -> Bars | None:
         """Return the bars of a panel, or None where no case has parts."""
-        length, having = shared_length(panel, lambda record: bool(self.parts(record)))
+        length, having = shared_length(panel, lambda record: any(self.parts(record).values()))
         if length is None:
             return None
         records = [point_at(series, length).record for series in having]

@@ -76,7 +76,7 @@ def failures(overview: Overview) -> tuple[Failure, ...]:
                 found.append(
                     Failure(
                         case=case_title(points, series, panel),
-                        status=outcome.short,
+                        status=outcome.name,
                         kind=outcome.long,
                         reason=first,
                         details=rest.strip("\n"),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]  # no __all__
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpbench.runtime.recorder import Recorder
@@ -159,7 +160,11 @@ class CountCollectives(TorchDispatchMode):
         self.log = log
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,  # noqa: ANN401 - torch's own signature
+        types: Any,  # noqa: ANN401 - torch's own signature
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         """Count a c10d operator, then run it."""
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -180,5 +185,6 @@ def _nbytes(value: Tensor | Sequence[Tensor]) -> int:
 
 def _group_size(group: Any) -> int:  # noqa: ANN401 - the name of a group, or a boxed ProcessGroup
     if isinstance(group, str):
-        return int(dist.distributed_c10d._resolve_process_group(group).size())
+        handle = _resolve_process_group(group)  # type: ignore[arg-type]  # a NewType of str
+        return int(handle.size())
     return int(dist.ProcessGroup.unbox(group).size())

@@ -126,7 +126,7 @@ def attention_backward(
         grads = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
             *(t.transpose(1, 2) for t in (dout, q, k, v, out)), lse, 0.0, causal, scale=scale
         )
-        return tuple(g.transpose(1, 2) for g in grads)  # type: ignore[return-value]  # always three
+        return tuple(g.transpose(1, 2) for g in grads)
     if backend == "cuda-flash":
         # Dropout is off, so the kernel reads neither the generator state nor the sequence offsets.
         state = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -164,7 +164,7 @@ def attention_backward(
         causal,
         scale=scale,
     )
-    return tuple(g.transpose(1, 2).contiguous() for g in grads)  # type: ignore[return-value]  # always three
+    return tuple(g.transpose(1, 2).contiguous() for g in grads)
 
 
 @attention_backward.register_fake

@@ -6,6 +6,7 @@ Marks are taken without stopping the device; `durations` waits for it once, afte
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -32,6 +33,6 @@ class Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             events, self._events = self._events, []
-            return [a.elapsed_time(b) / 1e3 for a, b in zip(events, events[1:], strict=False)]
+            return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
         times, self._times = self._times, []
-        return [b - a for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for a, b in pairwise(times)]

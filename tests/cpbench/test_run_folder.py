@@ -174,7 +174,7 @@ def test_no_table_without_records(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC while a record is written becomes one sentence; the record before is whole, no temporary stays."""
+    """ENOSPC while a record is written becomes one sentence; the old record is whole, no temporary stays."""
     folder = RunFolder(tmp_path)
     folder.cases.mkdir()
     folder.write(record(fake_case("ok"), "ok"))
@@ -193,7 +193,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_other_errors_of_the_disk_say_which(tmp_path: Path) -> None:
     """A read-only file system is named as such, with the way out."""
-    with pytest.raises(RunFolderError, match="Read-only file system.*--runs"), refusing_bad_disk(tmp_path):
+    with pytest.raises(RunFolderError, match=r"Read-only file system.*--runs"), refusing_bad_disk(tmp_path):
         raise OSError(errno.EROFS, "Read-only file system")
 
 

@@ -1,0 +1,142 @@
+"""The page in a real browser: charts are drawn, nothing fails, nothing overflows, on a phone and on a screen."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cpbench.report import build
+from tests.cpbench.report.examples import long_records, mixed_records, troubled_records, write_run
+
+_BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(_BROWSER is None, reason="needs Chromium: apt-get install chromium"),
+]
+
+# Runs in the page once it is drawn and hands its findings to the page around it.
+_PROBE = """
+<script>
+addEventListener("load", function () { setTimeout(function () {
+  var root = document.documentElement, boxes = document.querySelectorAll(".plot"), heads;
+  var sortable = document.querySelector("table.sortable"), column = 0;
+  var before = sortable.tBodies[0].rows[0].cells[0].textContent;
+  heads = sortable.querySelectorAll("th button");
+  heads.forEach(function (head, index) { if (head.textContent === "Peak allocated") { column = index; } });
+  heads[column].click();
+  var sorted = Array.prototype.map.call(sortable.tBodies[0].rows, function (row) {
+    return row.cells[column].dataset.sort === undefined ? "-" : Number(row.cells[column].dataset.sort); });
+  document.querySelectorAll("button.log").forEach(function (button) { button.click(); });
+  document.querySelectorAll(".legend button")[0].click();
+  setTimeout(function () {
+    var first = boxes[0];
+    parent.postMessage(JSON.stringify({
+      errors: root.dataset.errors || "", charts: root.dataset.charts, width: root.clientWidth,
+      overflow: Math.max(root.scrollWidth, document.body.scrollWidth) - root.clientWidth,
+      drawn: document.querySelectorAll(".js-plotly-plot .main-svg").length > 0
+        && Array.prototype.every.call(boxes, function (box) { return box.querySelector(".main-svg"); }),
+      narrow: Array.prototype.filter.call(boxes, function (box) {
+        return box.querySelector(".main-svg").getBoundingClientRect().right > root.clientWidth; }).length,
+      ink: first.layout.font.color, ground: getComputedStyle(document.body).backgroundColor,
+      hidden: first.data.filter(function (trace) { return trace.visible === false; }).length,
+      scale: first.layout.yaxis.type, sorted: sorted
+    }), "*");
+  }, 500);
+}, 500); });
+</script></body>"""
+_LISTEN = """<script>addEventListener("message", function (event) {
+  document.body.dataset.found = event.data; });</script>"""
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("browser")
+    records = {"troubled": troubled_records(), "long": long_records(), "mixed": mixed_records()}
+    return {
+        name: build([write_run(folder / "runs" / name, found)], folder / name).page
+        for name, found in records.items()
+    }
+
+
+def _dumped(page: Path, folder: Path, *flags: str) -> str:
+    """The document after the page's scripts have run."""
+    assert _BROWSER is not None
+    command = [
+        _BROWSER,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        f"--user-data-dir={folder / 'profile'}",
+        *flags,
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def _probed(page: Path, folder: Path, width: int, *flags: str) -> dict[str, object]:
+    """What a script inside the page sees, in a frame of exactly `width` pixels."""
+    import html
+    import json
+
+    text = page.read_text(encoding="utf-8")
+    # The page's policy lets no foreign script run, so the probed copy goes without it.
+    text = re.sub(r"<meta http-equiv=.Content-Security-Policy.[^>]*>", "", text)
+    (folder / "probed.html").write_text(text.replace("</body>", _PROBE), encoding="utf-8")
+    around = folder / "around.html"
+    frame = f'<iframe src="probed.html" width="{width}" height="900" style="border:0"></iframe>'
+    around.write_text(f"<!DOCTYPE html><body>{_LISTEN}{frame}</body>", encoding="utf-8")
+    found = re.search(r'data-found="([^"]*)"', _dumped(around, folder, *flags))
+    assert found is not None, "the page's scripts did not run to their end"
+    result: dict[str, object] = json.loads(html.unescape(found[1]))
+    return result
+
+
+def test_charts_are_drawn_without_errors(pages: dict[str, Path], tmp_path: Path) -> None:
+    """The page as it is, policy included: every chart is drawn, and no script failed or was refused."""
+    document = _dumped(pages["troubled"], tmp_path)
+
+    root = re.search(r"<html[^>]*>", document)
+    assert root is not None
+    assert "data-errors" not in root[0]
+    assert 'data-charts="5"' in root[0]
+    assert document.count("js-plotly-plot") >= 5
+    assert "main-svg" in document
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("name", ["troubled", "long", "mixed"])
+def test_the_page_fits_its_window(pages: dict[str, Path], tmp_path: Path, name: str, width: int) -> None:
+    """On a phone and on a screen the body does not scroll sideways and every chart is inside; buttons work."""
+    found = _probed(pages[name], tmp_path, width)
+
+    assert found["errors"] == ""
+    assert found["drawn"]
+    assert found["overflow"] == 0
+    assert found["narrow"] == 0
+    assert found["hidden"] in (1, 2)  # the curve, and its marks where it has some
+
+
+def test_the_table_sorts_by_value_with_missing_values_last(pages: dict[str, Path], tmp_path: Path) -> None:
+    """Selecting a heading orders the rows by their numbers."""
+    rows = _probed(pages["troubled"], tmp_path, 1400)["sorted"]
+
+    assert isinstance(rows, list)
+    numbers = [row for row in rows if row != "-"]
+    assert numbers == sorted(numbers)
+    assert rows[len(numbers) :] == ["-"] * 4
+
+
+def test_the_scheme_of_the_reader_is_followed(pages: dict[str, Path], tmp_path: Path) -> None:
+    """Dark ground comes with light ink, also in the charts, and the other way round."""
+    light = _probed(pages["troubled"], tmp_path, 1400)
+    dark = _probed(pages["troubled"], tmp_path, 1400, "--blink-settings=preferredColorScheme=0")
+
+    assert (light["ground"], light["ink"]) == ("rgb(245, 246, 248)", "#1c2430")
+    assert (dark["ground"], dark["ink"]) == ("rgb(17, 21, 27)", "#e6eaf0")

@@ -1,0 +1,27 @@
+"""A planted fault: a stage's outputs go to the next stage's heads (a wrong GQA order)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cpbench.method import AttentionWeights
+from cpbench.runtime.context import AttentionContext
+from methods.upipe import UPipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokenHeadOrder(UPipe):
+    """UPipe whose output projection sees the heads in schedule order."""
+
+    def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
+        """See `cpbench.method.Method.attention`."""
+        a = ctx.case.architecture
+        by_head = weights.wo.unflatten(1, (a.num_kv_heads, a.gqa_ratio, a.head_dim))
+        wrong = by_head.transpose(1, 2).flatten(1)
+        w = weights
+        return UPipe.attention(self, x, AttentionWeights(w.wq, w.wk, w.wv, wrong, w.q_norm, w.k_norm), ctx)
+
+
+METHOD = BrokenHeadOrder
