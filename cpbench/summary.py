@@ -36,6 +36,8 @@ _IF_VARYING: Columns = (
 )
 _REASON_WIDTH = 120
 """Terminals at least this wide show reasons as a column; narrower ones below the table."""
+_NUMBERS_WIDTH = 90
+"""Room that the other columns may take; a longer reason is repeated in full below the table."""
 
 
 def case_columns(cases: Sequence[Case | Record]) -> Columns:
@@ -87,13 +89,16 @@ def print_summary(records: Sequence[Record], console: Console) -> None:
             cells.append(Text((record.reason or "").split("\n")[0]))
         table.add_row(*cells)
     console.print(table)
+    room = console.width - _NUMBERS_WIDTH if wide else 0
     for record in records:
-        for kind, text in (("", record.reason), *(("warning: ", warning) for warning in record.warnings)):
-            if text:
-                where = "  ".join(case_cells(record, columns))
-                console.print(
-                    Text(f"{where}  {record.status}: {kind}{text}"), soft_wrap=not console.is_terminal
-                )
+        reason = record.reason or ""
+        texts = [f"warning: {warning}" for warning in record.warnings]
+        if len(reason) > room or "\n" in reason:
+            texts.insert(0, reason)
+        for text in texts:
+            where = "  ".join(case_cells(record, columns))
+            line = Text(f"{where}  {record.status}: {text}")
+            console.print(line, soft_wrap=not console.is_terminal)
 
 
 def print_cases(items: Sequence[ResolvedCase], console: Console) -> None:

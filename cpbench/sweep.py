@@ -192,7 +192,7 @@ class Sweep:
         if (before.mode, before.device) != (choice.mode, choice.device):
             raise UsageError(
                 f"run {before.name} is mode {before.mode} on {before.device}, but these flags give mode "
-                f"{choice.mode} on {choice.device}; a run has one mode, so choose another --name"
+                f"{choice.mode} on {choice.device}; resume it with --resume --name alone, or choose another --name"
             )
         extra = [item.case.title for item in self.plan.cases if item.case.case_id not in before.case_ids]
         if extra:

@@ -67,7 +67,8 @@ def format_length(tokens: int) -> str:
     The result always parses back to the same number of tokens.
     """
     if tokens >= MIB and tokens % (MIB // 4) == 0:
-        return f"{tokens / MIB:g}M"
+        whole, quarters = divmod(tokens // (MIB // 4), 4)
+        return f"{whole}{('', '.25', '.5', '.75')[quarters]}M"
     if tokens >= KIB and tokens % KIB == 0:
         return f"{tokens // KIB}K"
     return str(tokens)

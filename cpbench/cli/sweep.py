@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -287,7 +288,10 @@ def _plan(request: _Request) -> tuple[Plan, Nodes]:
         base = Scenario()
     scenario = _with_flags(base, request)
     nodes = _nodes(scenario.run.nodes, request)
-    return plan_sweep(scenario, plugins=plugins), nodes
+    errors = Console(stderr=True)
+    waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
+    with waiting:
+        return plan_sweep(scenario, plugins=plugins), nodes
 
 
 def _with_flags(base: Scenario, request: _Request) -> Scenario:

@@ -57,6 +57,10 @@ def _timeline(roots: list[Any]) -> Timeline:
             names = [
                 p.name for p in reversed(parents) if not p.name.startswith((PREFIX, "PythonDispatchMode"))
             ]
+            if fields.ptr in live:
+                lost = live.pop(fields.ptr)[0]
+                timeline.unseen_frees += lost.bytes
+                timeline.events.append(Event(lost, True, scope))
             allocation = Allocation(bytes=fields.alloc_size, scope=scope, site=" > ".join(names[-3:]))
             live[fields.ptr] = (allocation, _kernel(parents))
             timeline.events.append(Event(allocation, False, scope))

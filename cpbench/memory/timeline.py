@@ -39,5 +39,7 @@ class Timeline:
     """Everything an allocator did, in order."""
 
     events: list[Event] = field(default_factory=list)
+    unseen_frees: int = 0
+    """Bytes whose free was not seen but whose address was given out again: freed on a thread that is not traced."""
     unmatched_frees: int = 0
     """Frees of memory whose allocation was not seen (made before the trace)."""

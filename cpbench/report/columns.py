@@ -81,12 +81,6 @@ COLUMNS: tuple[Column, ...] = (
         numeric=False,
         always=True,
     ),
-    Column(
-        title="Options",
-        about="Options of the method",
-        cell=_text(lambda r: ", ".join(f"{k}={json.dumps(v)}" for k, v in sorted(r.options.items()))),
-        numeric=False,
-    ),
     Column(title="Model", about="Model preset", cell=_text(lambda r: r.model), numeric=False),
     Column(
         title="Length",
@@ -98,6 +92,12 @@ COLUMNS: tuple[Column, ...] = (
         title="Ranks",
         about="Processes that share the sequence and the parameters",
         cell=lambda p, _: Cell(str(p.record.world_size), p.record.world_size),
+    ),
+    Column(
+        title="Options",
+        about="Options of the method",
+        cell=_text(lambda r: ", ".join(f"{k}={json.dumps(v)}" for k, v in sorted(r.options.items()))),
+        numeric=False,
     ),
     Column(title="Batch", about="Sequences per step", cell=_text(lambda r: str(r.batch_size)), numeric=False),
     Column(title="Dtype", about="Compute dtype", cell=_text(lambda r: r.dtype), numeric=False),

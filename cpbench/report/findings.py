@@ -72,7 +72,7 @@ def findings(overview: Overview) -> tuple[Finding, ...]:
 
 
 _MODE_TEXT = {
-    "measure": "Measured: every rank was a real process; memory is its allocator's, time its clock's.",
+    "measure": "Measured: every rank was a real process; memory comes from its allocator, time from its clock.",
     "emulate": "Emulated: one rank ran on one device with all its bytes; its memory and compute time are "
     "measured, communication is modelled, and its loss means nothing.",
     "estimate": "Estimated: nothing was run; memory is counted over the tensors of the step, time modelled.",

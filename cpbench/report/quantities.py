@@ -218,7 +218,7 @@ LINES: tuple[Line, ...] = (
     Line(
         name="attention_intermediates",
         title="Attention intermediates against sequence length",
-        axis="Attention intermediates",
+        axis="Attention",
         field="attention_intermediate_peak_bytes",
         unit="bytes",
         note="Peak of what an attention block holds beyond its input and output; the rank that needs most.",

@@ -56,7 +56,7 @@ def results_table(overview: Overview) -> Table:
     for column in COLUMNS:
         values = [column.cell(point, series) for point, series in pairs]
         if column.numeric and not column.always and all(cell.sort is None for cell in values):
-            left_out.append(column.title.lower())
+            left_out.append(column.title)
         elif column.numeric or column.always or len({cell.text for cell in values}) > 1:
             columns.append(column)
             cells.append(values)

@@ -7,6 +7,7 @@ B bytes on this rank, all-to-all sends B (n-1)/n, all-gather B (n-1), reduce-sca
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ def all_to_all_heads(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
     with recorder.scope("communication"):
         packed = t.view(b, local, n, heads // n, e).permute(2, 0, 1, 3, 4).contiguous()  # [n, b, s/n, h/n, e]
     received = torch.empty_like(packed)
-    dist.all_to_all_single(received, packed, group=group.handle)
+    _exchange(received, packed, group, recorder)
     del packed
     # With b == 1 this is a view: [n, 1, s/n, ...] is already [1, s, ...] in memory.
     return received.transpose(0, 1).reshape(b, n * local, heads // n, e)
@@ -65,9 +66,23 @@ def all_to_all_sequence(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
             t.view(b, n, s // n, heads, e).transpose(0, 1).contiguous()
         )  # [n, b, s/n, h/n, e]; a view if b == 1
         received = torch.empty_like(packed)
-        dist.all_to_all_single(received, packed, group=group.handle)
+    _exchange(received, packed, group, recorder)
     del packed
     return received.permute(1, 2, 0, 3, 4).reshape(b, s // n, n * heads, e)
+
+
+def _exchange(received: Tensor, packed: Tensor, group: Group, recorder: Recorder) -> None:
+    """All-to-all, after which no one but the caller holds the two buffers.
+
+    gloo's worker thread lets go of them a moment after the call returns.  Were it the last to hold one, the memory
+    would be freed on a thread that the CPU memory trace cannot see, so a traced step waits for it.
+    """
+    holders = packed._use_count(), received._use_count()
+    dist.all_to_all_single(received, packed, group=group.handle)
+    if recorder.active and received.device.type == "cpu":
+        deadline = time.monotonic() + 1
+        while (packed._use_count(), received._use_count()) > holders and time.monotonic() < deadline:
+            time.sleep(1e-5)
 
 
 @dataclass(slots=True)

@@ -88,31 +88,42 @@ def test_job_file_carries_the_case_and_absolute_folders(tmp_path: Path) -> None:
     assert Path(body["scratch"]).is_absolute()
 
 
-def test_timeout_ends_even_those_who_ignore_sigterm(tmp_path: Path, token: str) -> None:
-    """Ranks that ignore SIGTERM and orphaned grandchildren in their own sessions are gone after a timeout."""
-    job = fake_job(tmp_path, "stubborn", timeout_seconds=6)
+@pytest.mark.slow
+def test_interrupt_ends_even_those_who_ignore_sigterm(tmp_path: Path, token: str) -> None:
+    """Ranks that ignore SIGTERM and orphaned grandchildren in their own sessions are gone after an interrupt."""
+    job = fake_job(tmp_path, "stubborn")
     seen: list[int] = []
-    exit = launch(job, should_stop=lambda: False, on_wait=lambda: seen.append(len(alive(token))))
-    outcome = explain(job, exit, oom_kills=0)
-    assert hanging(tmp_path)
-    assert max(seen) >= 6  # supervisor, torchrun, two ranks, two grandchildren
-    assert alive(token) == []
-    assert outcome.status == "timeout"
-    assert outcome.reason is not None
-    assert "after 6 s, in step 2/5" in outcome.reason
-    assert "stuck in a collective" in outcome.reason
 
+    def ready() -> bool:
+        seen.append(len(alive(token)))
+        return hanging(tmp_path)
 
-def test_interrupt_ends_the_tree(tmp_path: Path, token: str) -> None:
-    """An interrupt ends the running case, which counts neither as failed nor as timed out."""
-    job = fake_job(tmp_path, "hang")
-    exit = launch(job, should_stop=lambda: hanging(tmp_path))
+    exit = launch(job, should_stop=ready)
     assert exit.interrupted
     assert not exit.timed_out
+    assert max(seen) >= 6  # supervisor, torchrun, two ranks, two grandchildren
     assert alive(token) == []
     progress = read_progress(job)
     assert progress is not None
     assert (progress.phase, progress.done, progress.total) == ("step", 2, 5)
+
+
+def test_timeout_ends_the_tree(tmp_path: Path, token: str) -> None:
+    """A case that takes longer than it may is ended with everything it started, and is a timeout."""
+    outcome = run(fake_job(tmp_path, "hang", timeout_seconds=2))
+    assert outcome.status == "timeout"
+    assert "no result after 2 s" in str(outcome.reason)
+    assert alive(token) == []
+
+
+def test_timeout_says_how_far_it_got(tmp_path: Path) -> None:
+    """The reason of a timeout has the last phase and the last lines of a log."""
+    job = fake_job(tmp_path, "ok", timeout_seconds=90)
+    prepare(job, rank_log="stuck in a collective\n")
+    (job.folder / "progress.json").write_text('{"phase": "step", "done": 2, "total": 5}', encoding="utf-8")
+    reason = str(ended(job, code=143, timed_out=True).reason)
+    assert reason.startswith("no result after 90 s, in step 2/5; allow more with --timeout")
+    assert "stuck in a collective" in reason
 
 
 def test_killed_rank_is_an_error_with_its_signal(tmp_path: Path, token: str) -> None:

@@ -25,7 +25,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, int, 
     """One sweep with a case of every kind, its exit code and what it printed."""
     folder = tmp_path_factory.mktemp("sweep") / "run"
     process = start_sweep(folder, "ok,fail,oom,nan", uuid.uuid4().hex)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=200)
     return RunFolder(folder), process.returncode, output
 
 
@@ -102,9 +102,9 @@ def test_interrupt_then_resume(tmp_path: Path, token: str, number: signal.Signal
     """An interrupted sweep leaves no process and its finished records; --resume runs only what is missing."""
     folder = tmp_path / "run"
     process = start_sweep(folder, "ok,hang", token)
-    wait_until(lambda: hanging(folder), seconds=60, what="the second case")
+    wait_until(lambda: hanging(folder), seconds=120, what="the second case")
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert 128 + number == process.returncode
     assert alive(token) == []
     (done,) = folder.glob("cases/*.json")
@@ -126,11 +126,11 @@ def test_killing_the_sweep_leaves_no_process(tmp_path: Path, token: str) -> None
     """SIGKILL of the sweep ends torchrun and all ranks; --resume completes without repeating a case."""
     folder = tmp_path / "run"
     process = start_sweep(folder, "ok,hang", token)
-    wait_until(lambda: hanging(folder), seconds=60, what="the second case")
+    wait_until(lambda: hanging(folder), seconds=120, what="the second case")
     assert len(alive(token)) >= 5  # the sweep, its supervisor, torchrun, two ranks
     process.kill()
-    process.communicate(timeout=30)
-    wait_until(lambda: alive(token) == [], seconds=20, what="the end of all processes")
+    process.communicate(timeout=60)
+    wait_until(lambda: alive(token) == [], seconds=60, what="the end of all processes")
     (done,) = folder.glob("cases/*.json")
     before = done.stat().st_mtime_ns
     relax(folder)
@@ -153,12 +153,12 @@ def test_killing_the_supervisor_leaves_no_process(tmp_path: Path, token: str) ->
     """When the supervisor itself is killed, its case fails, all ranks end and the sweep goes on."""
     folder = tmp_path / "run"
     process = start_sweep(folder, "hang,ok", token)
-    wait_until(lambda: hanging(folder), seconds=60, what="the first case")
+    wait_until(lambda: hanging(folder), seconds=120, what="the first case")
     supervisor = psutil.Process(process.pid).children()[0]
     supervisor.kill()
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=200)
     assert process.returncode == 3, output
-    wait_until(lambda: alive(token) == [], seconds=20, what="the end of all processes")
+    wait_until(lambda: alive(token) == [], seconds=60, what="the end of all processes")
     statuses = sorted(read_record(file).status for file in folder.glob("cases/*.json"))
     assert statuses == ["error", "ok"]
 
@@ -168,12 +168,12 @@ def test_a_second_sweep_on_the_same_folder_is_refused(tmp_path: Path, token: str
     """While a sweep writes to a folder, another one is refused with a sentence, with and without --resume."""
     folder = tmp_path / "run"
     process = start_sweep(folder, "hang", token)
-    wait_until(lambda: hanging(folder), seconds=60, what="the case")
+    wait_until(lambda: hanging(folder), seconds=120, what="the case")
     for rest in ((), ("--resume",)):
         second = start_sweep(folder, "ok", token, *rest)
         output, _ = second.communicate(timeout=60)
         assert second.returncode != 0
         assert "another sweep is writing to" in output
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert alive(token) == []

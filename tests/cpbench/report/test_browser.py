@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cpbench.report import build
-from tests.cpbench.report.examples import long_records, mixed_records, troubled_records, write_run
+from cpbench.report.load import Entry, Loaded, RunFacts
+from cpbench.report.page import render_page
+from cpbench.report.series import arrange
+from tests.cpbench.report.examples import long_records, mixed_records, troubled_records
 
 _BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
@@ -25,7 +29,6 @@ _PROBE = """
 addEventListener("load", function () { setTimeout(function () {
   var root = document.documentElement, boxes = document.querySelectorAll(".plot"), heads;
   var sortable = document.querySelector("table.sortable"), column = 0;
-  var before = sortable.tBodies[0].rows[0].cells[0].textContent;
   heads = sortable.querySelectorAll("th button");
   heads.forEach(function (head, index) { if (head.textContent === "Peak allocated") { column = index; } });
   heads[column].click();
@@ -36,7 +39,7 @@ addEventListener("load", function () { setTimeout(function () {
   setTimeout(function () {
     var first = boxes[0];
     parent.postMessage(JSON.stringify({
-      errors: root.dataset.errors || "", charts: root.dataset.charts, width: root.clientWidth,
+      errors: root.dataset.errors || "", charts: root.dataset.charts, width: innerWidth,
       overflow: Math.max(root.scrollWidth, document.body.scrollWidth) - root.clientWidth,
       drawn: document.querySelectorAll(".js-plotly-plot .main-svg").length > 0
         && Array.prototype.every.call(boxes, function (box) { return box.querySelector(".main-svg"); }),
@@ -49,18 +52,25 @@ addEventListener("load", function () { setTimeout(function () {
   }, 500);
 }, 500); });
 </script></body>"""
-_LISTEN = """<script>addEventListener("message", function (event) {
-  document.body.dataset.found = event.data; });</script>"""
+_LISTEN = """<script>var found = {}; addEventListener("message", function (event) {
+  var one = JSON.parse(event.data); found[one.width] = one;
+  document.body.dataset.found = JSON.stringify(found); });</script>"""
+_WIDTHS = (400, 1400)
+_Facts = dict[str, object]
+_Seen = dict[str, dict[str, _Facts]]  # by page and width
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("browser")
     records = {"troubled": troubled_records(), "long": long_records(), "mixed": mixed_records()}
-    return {
-        name: build([write_run(folder / "runs" / name, found)], folder / name).page
-        for name, found in records.items()
-    }
+    pages = {}
+    for name, found in records.items():
+        entries = tuple(Entry(run=name, record=record) for record in found)
+        loaded = Loaded(entries=entries, runs=(RunFacts(name=name, records=len(entries)),), skipped=())
+        pages[name] = folder / f"{name}.html"
+        pages[name].write_text(render_page(arrange(entries), loaded, ["records.csv"]), encoding="utf-8")
+    return pages
 
 
 def _dumped(page: Path, folder: Path, *flags: str) -> str:
@@ -80,22 +90,28 @@ def _dumped(page: Path, folder: Path, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def _probed(page: Path, folder: Path, width: int, *flags: str) -> dict[str, object]:
-    """What a script inside the page sees, in a frame of exactly `width` pixels."""
-    import html
-    import json
-
+def _probed(page: Path, folder: Path, *flags: str) -> dict[str, _Facts]:
+    """What a script inside the page sees, in frames of exactly the widths of a phone and of a screen."""
     text = page.read_text(encoding="utf-8")
     # The page's policy lets no foreign script run, so the probed copy goes without it.
     text = re.sub(r"<meta http-equiv=.Content-Security-Policy.[^>]*>", "", text)
     (folder / "probed.html").write_text(text.replace("</body>", _PROBE), encoding="utf-8")
     around = folder / "around.html"
-    frame = f'<iframe src="probed.html" width="{width}" height="900" style="border:0"></iframe>'
-    around.write_text(f"<!DOCTYPE html><body>{_LISTEN}{frame}</body>", encoding="utf-8")
+    frames = "".join(
+        f'<iframe src="probed.html" width="{width}" height="900" style="border:0"></iframe>'
+        for width in _WIDTHS
+    )
+    around.write_text(f"<!DOCTYPE html><body>{_LISTEN}{frames}</body>", encoding="utf-8")
     found = re.search(r'data-found="([^"]*)"', _dumped(around, folder, *flags))
     assert found is not None, "the page's scripts did not run to their end"
-    result: dict[str, object] = json.loads(html.unescape(found[1]))
+    result: dict[str, _Facts] = json.loads(html.unescape(found[1]))
     return result
+
+
+@pytest.fixture(scope="module")
+def light(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> _Seen:
+    """What was seen of each page at each width, in the light scheme."""
+    return {name: _probed(page, tmp_path_factory.mktemp(name)) for name, page in pages.items()}
 
 
 def test_charts_are_drawn_without_errors(pages: dict[str, Path], tmp_path: Path) -> None:
@@ -110,22 +126,25 @@ def test_charts_are_drawn_without_errors(pages: dict[str, Path], tmp_path: Path)
     assert "main-svg" in document
 
 
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", _WIDTHS)
 @pytest.mark.parametrize("name", ["troubled", "long", "mixed"])
-def test_the_page_fits_its_window(pages: dict[str, Path], tmp_path: Path, name: str, width: int) -> None:
+def test_the_page_fits_its_window(light: _Seen, name: str, width: int) -> None:
     """On a phone and on a screen the body does not scroll sideways and every chart is inside; buttons work."""
-    found = _probed(pages[name], tmp_path, width)
+    found = light[name][str(width)]
 
     assert found["errors"] == ""
     assert found["drawn"]
     assert found["overflow"] == 0
     assert found["narrow"] == 0
+    assert found["scale"] == ("log" if name == "mixed" else "linear")  # the button has switched it
     assert found["hidden"] in (1, 2)  # the curve, and its marks where it has some
 
 
-def test_the_table_sorts_by_value_with_missing_values_last(pages: dict[str, Path], tmp_path: Path) -> None:
+def test_the_table_sorts_by_value_with_missing_values_last(
+    light: _Seen,
+) -> None:
     """Selecting a heading orders the rows by their numbers."""
-    rows = _probed(pages["troubled"], tmp_path, 1400)["sorted"]
+    rows = light["troubled"]["1400"]["sorted"]
 
     assert isinstance(rows, list)
     numbers = [row for row in rows if row != "-"]
@@ -133,10 +152,10 @@ def test_the_table_sorts_by_value_with_missing_values_last(pages: dict[str, Path
     assert rows[len(numbers) :] == ["-"] * 4
 
 
-def test_the_scheme_of_the_reader_is_followed(pages: dict[str, Path], tmp_path: Path) -> None:
+def test_the_scheme_of_the_reader_is_followed(light: _Seen, pages: dict[str, Path], tmp_path: Path) -> None:
     """Dark ground comes with light ink, also in the charts, and the other way round."""
-    light = _probed(pages["troubled"], tmp_path, 1400)
-    dark = _probed(pages["troubled"], tmp_path, 1400, "--blink-settings=preferredColorScheme=0")
+    bright = light["troubled"]["1400"]
+    dark = _probed(pages["troubled"], tmp_path, "--blink-settings=preferredColorScheme=0")["1400"]
 
-    assert (light["ground"], light["ink"]) == ("rgb(245, 246, 248)", "#1c2430")
+    assert (bright["ground"], bright["ink"]) == ("rgb(245, 246, 248)", "#1c2430")
     assert (dark["ground"], dark["ink"]) == ("rgb(17, 21, 27)", "#e6eaf0")

@@ -33,7 +33,7 @@ def fake_case(act: str, *, world_size: int = 2, seq_len: int = 1024) -> Case:
     )
 
 
-def fake_job(folder: Path, act: str, *, timeout_seconds: float = 60.0) -> Job:
+def fake_job(folder: Path, act: str, *, timeout_seconds: float = 200.0) -> Job:
     case = fake_case(act)
     return Job(
         case=case,
