@@ -6,13 +6,15 @@ changes no result beyond rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from cpbench.runtime.tiles import tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,6 @@ class Tiles:
 
 TILES = Tiles(norm=4096, mlp=2048, loss=1024)
 """Sizes when a stack asks for tiling: at hidden 4096 a tile's float32 temporaries stay near 0.5 GiB."""
-
-
-def tile_slices(rows: int, size: int | None) -> Iterator[slice]:
-    """Yield slices that cover `rows`; the last may be shorter."""
-    step = size or max(rows, 1)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -92,7 +87,7 @@ def norm_tiled(x: Tensor, weight: Tensor, eps: float, tile: int | None) -> Tenso
     if tile is None or x.shape[1] <= tile:
         return rms_norm(x, weight, eps)
     out = torch.empty_like(x)
-    for rows in tile_slices(x.shape[1], tile):
+    for rows in tiles(x.shape[1], tile):
         out[:, rows] = rms_norm(x[:, rows], weight, eps)
     return out
 
@@ -102,7 +97,7 @@ def norm_backward_into(
 ) -> Tensor:
     """Add the norm's gradient of x to `total` in place and return the gradient of its weight."""
     sums = WeightGradients([weight])
-    for rows in tile_slices(x.shape[1], tile):
+    for rows in tiles(x.shape[1], tile):
         _, dx, dw = tile_gradients(lambda t, w: rms_norm(t, w, eps), x[:, rows], [weight], grad[:, rows])
         total[:, rows] += dx
         sums.add(dw)
@@ -112,7 +107,7 @@ def norm_backward_into(
 def mlp_tiled_(h: Tensor, weights: Sequence[Tensor], eps: float, tile: int | None) -> Tensor:
     """Add swiglu(norm(h)) to h in place, without a graph; weights are (norm, gate, up, down)."""
     norm, gate, up, down = weights
-    for rows in tile_slices(h.shape[1], tile):
+    for rows in tiles(h.shape[1], tile):
         h[:, rows] += swiglu(rms_norm(h[:, rows], norm, eps), gate, up, down)
     return h
 
@@ -129,7 +124,7 @@ def mlp_backward_into(
     def tile_forward(t: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return swiglu(rms_norm(t, norm, eps), gate, up, down)
 
-    for rows in tile_slices(h.shape[1], tile):
+    for rows in tiles(h.shape[1], tile):
         _, dx, dw = tile_gradients(tile_forward, h[:, rows], weights, dh[:, rows])
         dh[:, rows] += dx
         del dx
@@ -199,7 +194,7 @@ class TiledLoss(torch.autograd.Function):
 
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         dh, sums = torch.empty_like(h), WeightGradients([norm, head])
-        for rows in tile_slices(h.shape[1], tile):
+        for rows in tiles(h.shape[1], tile):
             targets = labels[:, rows]
             loss, dx, dw = tile_gradients(tile_loss, h[:, rows], [norm, head], None)
             total += loss

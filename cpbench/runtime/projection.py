@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cpbench.runtime.rope import Rope
+from cpbench.runtime.tiles import tiles
 
 _TILE_ELEMENTS = 2**21  # rows of a norm tile are chosen so that float32 temporaries stay at 8 MiB each
 
@@ -31,8 +32,10 @@ def project(
     """Return heads of x: `[b, n, d], [h*e, d] -> [b, n, h, e]`, normalised, then rotated."""
     t = functional.linear(x, weight).unflatten(-1, (-1, head_dim))
     if norm is not None:
-        for rows in t.view(-1, head_dim).split(max(1, _TILE_ELEMENTS // head_dim)):
-            rows.copy_(functional.rms_norm(rows.float(), (head_dim,), eps=norm.eps) * norm.weight.float())
+        flat = t.view(-1, head_dim)
+        for rows in tiles(flat.shape[0], _TILE_ELEMENTS // head_dim):
+            tile = flat[rows]
+            tile.copy_(functional.rms_norm(tile.float(), (head_dim,), eps=norm.eps) * norm.weight.float())
     return t if rope is None else rope.rotate_(t)
 
 
@@ -81,11 +84,8 @@ def _norm_backward_(grad: Tensor, raw: Tensor, norm: HeadNorm) -> Tensor:
     """Turn the gradient after the norm into the one before it, in place; return the weight's gradient."""
     weight = norm.weight.float()
     weight_grad = torch.zeros_like(weight)
-    for g, r in zip(
-        grad.split(max(1, _TILE_ELEMENTS // grad.shape[-1])),
-        raw.split(max(1, _TILE_ELEMENTS // grad.shape[-1])),
-        strict=True,
-    ):
+    for rows in tiles(grad.shape[0], _TILE_ELEMENTS // grad.shape[-1]):
+        g, r = grad[rows], raw[rows]
         up, pre = g.float(), r.float()
         inverse = torch.rsqrt(pre.square().mean(-1, keepdim=True) + norm.eps)
         unit = pre * inverse

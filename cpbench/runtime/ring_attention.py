@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cpbench.runtime.collectives import Group, RingPass, ring_pass
 from cpbench.runtime.kernels import Kernels
+from cpbench.runtime.tiles import tiles
 
 _TILE_ELEMENTS = 2**21  # rows of a merge tile are chosen so that its float32 temporaries stay at 8 MiB
 
@@ -127,9 +128,7 @@ def _merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     With l = log(exp(l1) + exp(l2)):  out <- out exp(l1 - l) + part exp(l2 - l),  lse <- l.
     """
     b, s, h, e = part.shape
-    rows = max(1, _TILE_ELEMENTS // (b * h * e))
-    for start in range(0, s, rows):
-        tile = slice(start, start + rows)
+    for tile in tiles(s, _TILE_ELEMENTS // (b * h * e)):
         old, new = lse[:, :, tile], part_lse[:, :, tile]
         total = torch.logaddexp(old, new)
         out[:, tile] *= (old - total).exp().transpose(1, 2).unsqueeze(-1)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cpbench.runtime.tiles import tiles
+
 _TILE_ELEMENTS = 2**21  # 8 MiB of float32 for each of the few temporaries of a tile
 
 
@@ -31,7 +33,7 @@ class Rope:
         b, _n, h, e = t.shape
         half = e // 2
         frequency = self.theta ** (-torch.arange(half, dtype=torch.float64, device=t.device) / half)
-        for local, start, stop in self._tiles(max(1, _TILE_ELEMENTS // (b * h * e))):
+        for local, start, stop in self._tiles(_TILE_ELEMENTS // (b * h * e)):
             position = torch.arange(start, stop, dtype=torch.float64, device=t.device)
             angle = torch.outer(position, frequency)
             cos = angle.cos().to(torch.float32).unsqueeze(1)  # [tile, 1, e/2]
@@ -48,7 +50,6 @@ class Rope:
         """Yield (local offset, global start, global stop) of each tile."""
         local = 0
         for start, stop in self.segments:
-            for tile in range(start, stop, size):
-                end = min(tile + size, stop)
-                yield local, tile, end
-                local += end - tile
+            for rows in tiles(stop - start, size):
+                yield local + rows.start, start + rows.start, start + rows.stop
+            local += stop - start

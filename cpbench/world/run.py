@@ -88,7 +88,9 @@ class CaseRun:
                 self._one(step, index)
         timeline = trace.stop()
         if timeline.unseen_frees:
-            print(f"memory trace: {timeline.unseen_frees} bytes were freed unseen, so the peak may be too high")
+            print(
+                f"memory trace: {timeline.unseen_frees} bytes were freed unseen, so the peak may be too high"
+            )
         self.memory = analyse(timeline, step=f"step:{TRACED_STEPS - 1}")
         return step
 

@@ -15,8 +15,8 @@ from cpbench.model.tiling import (
     cross_entropy_sum,
     rms_norm,
     swiglu,
-    tile_slices,
 )
+from cpbench.runtime.tiles import sampled_tiles, tiles
 
 B, N, D, F, V = 2, 23, 12, 20, 31
 EPS = 1e-5
@@ -79,5 +79,13 @@ def test_tiled_loss_equals_loss(tile: int) -> None:
 
 def test_slices_cover_the_rows_once() -> None:
     """Tiles meet without gap or overlap and the last is shorter."""
-    assert [slice(0, 4), slice(4, 8), slice(8, 10)] == list(tile_slices(10, 4))
-    assert [slice(0, 10)] == list(tile_slices(10, None))
+    assert [slice(0, 4), slice(4, 8), slice(8, 10)] == list(tiles(10, 4))
+    assert [slice(0, 10)] == list(tiles(10, None))
+
+
+def test_sampled_tiles_are_the_first_two_and_the_last() -> None:
+    """An estimate runs the tiles that differ; outside of it all run."""
+    with sampled_tiles():
+        assert [slice(0, 4), slice(4, 8), slice(16, 18)] == list(tiles(18, 4))
+        assert [slice(0, 4), slice(4, 8), slice(8, 10)] == list(tiles(10, 4))
+    assert len(list(tiles(18, 4))) == 5
