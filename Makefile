@@ -41,6 +41,7 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED) ## Run the smoke scenario on CPU processes and make its report
 	@resume=; if [ -f runs/demo/run.json ]; then resume=--resume; fi; \
 	code=0; $(BIN)/cpbench sweep --scenario smoke --name demo $$resume || code=$$?; \
+	if [ $$code -eq 2 ] && [ -n "$$resume" ]; then echo "To start the demo afresh: rm -r runs/demo && make demo" >&2; fi; \
 	if [ $$code -ne 0 ] && [ $$code -ne 3 ]; then exit $$code; fi; \
 	$(BIN)/cpbench report runs/demo --out demo-report || exit $$?; \
 	echo; \

@@ -77,12 +77,16 @@ def _exchange(received: Tensor, packed: Tensor, group: Group, recorder: Recorder
     gloo's worker thread lets go of them a moment after the call returns.  Were it the last to hold one, the memory
     would be freed on a thread that the CPU memory trace cannot see, so a traced step waits for it.
     """
-    holders = packed._use_count(), received._use_count()
+    holders = _holders(packed, received)
     dist.all_to_all_single(received, packed, group=group.handle)
     if recorder.active and received.device.type == "cpu":
         deadline = time.monotonic() + 1
-        while (packed._use_count(), received._use_count()) > holders and time.monotonic() < deadline:
+        while _holders(packed, received) > holders and time.monotonic() < deadline:
             time.sleep(1e-5)
+
+
+def _holders(*tensors: Tensor) -> int:
+    return sum(t._use_count() for t in tensors)  # type: ignore[attr-defined]  # missing in torch's stubs
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ Each is one custom op, so a trace shows the kernel as one node and what it alloc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,3 +181,21 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def scratch_bytes(op: object, args: Sequence[object]) -> int:
+    """Return what an attention op allocates inside and frees before it returns, in bytes.
+
+    cuda-flash, from FlashAttention-2's `mha_bwd`: a float32 dq accumulator over lengths rounded up to 128 and widths
+    to 32, float32 row sums, and with GQA dk and dv of all query heads.  Its forward holds nothing.
+    cpu-flash: not counted (a few buffers of fixed tile size a thread).
+    """
+    if op is not torch.ops.cpbench.attention_backward.default or args[8] != "cuda-flash":
+        return 0
+    q, k = args[1], args[2]
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor)):
+        raise TypeError("q and k of an attention op are tensors")
+    b, s, h, e = q.shape
+    rows, width = -(-s // 128) * 128, -(-e // 32) * 32
+    expanded = 2 * b * k.shape[1] * h * e * q.element_size() if k.shape[2] != h else 0
+    return 4 * b * h * rows * (width + 1) + expanded

@@ -2,13 +2,13 @@
 
 A *scope* is a nested region such as forward / attention; a *mark* names the storage of a tensor after the fact
 ("this allocation is the block's output").  On CPU both become profiler annotations, which nest exactly with the
-allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata.
+allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata; an estimate reads it from here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -35,8 +35,12 @@ class Recorder:
 
     active: bool = False
     device_type: str = "cpu"
+    """`cpu`, `cuda`, or `fake` for an estimate."""
     marks: list[Mark] = field(default_factory=list)
-    _path: list[str] = field(default_factory=list)
+    label: Callable[[Tensor, str], None] | None = None
+    """Takes marks where there are no addresses: fake tensors."""
+    path: list[str] = field(default_factory=list)
+    """Scopes open now, outermost first."""
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -44,10 +48,12 @@ class Recorder:
         if not self.active:
             yield
             return
-        self._path.append(name)
+        self.path.append(name)
         try:
             if self.device_type == "cuda":
-                torch.cuda.memory._set_memory_metadata("/".join(self._path))
+                torch.cuda.memory._set_memory_metadata("/".join(self.path))
+                yield
+            elif self.device_type == "fake":
                 yield
             else:
                 # Not torch.profiler.record_function: that is an operator, and under a dispatch mode the profiler would
@@ -55,9 +61,9 @@ class Recorder:
                 with _RecordFunctionFast(PREFIX + name):
                     yield
         finally:
-            self._path.pop()
+            self.path.pop()
             if self.device_type == "cuda":
-                torch.cuda.memory._set_memory_metadata("/".join(self._path))
+                torch.cuda.memory._set_memory_metadata("/".join(self.path))
 
     def mark(self, label: str, *tensors: Tensor | None) -> None:
         """Name the storage of tensors that exist now; None is skipped."""
@@ -65,6 +71,9 @@ class Recorder:
             return
         for tensor in tensors:
             if tensor is None:
+                continue
+            if self.label is not None:
+                self.label(tensor, label)
                 continue
             address = tensor.untyped_storage().data_ptr()
             if self.device_type == "cuda":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -88,9 +89,8 @@ class CaseRun:
                 self._one(step, index)
         timeline = trace.stop()
         if timeline.unseen_frees:
-            print(
-                f"memory trace: {timeline.unseen_frees} bytes were freed unseen, so the peak may be too high"
-            )
+            lost = f"{timeline.unseen_frees} bytes were freed on untraced threads; the peak may be too high by them"
+            sys.stderr.write(f"memory trace: {lost}\n")
         self.memory = analyse(timeline, step=f"step:{TRACED_STEPS - 1}")
         return step
 

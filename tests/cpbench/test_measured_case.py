@@ -141,10 +141,3 @@ def test_only_the_long_stack_uses_host_memory(records: list[Record]) -> None:
         expected = LAYERS * 104 * 64 * 4 if record.offload == "inputs" else 0
         assert record.host_pinned_peak_bytes == expected
 
-
-@pytest.mark.slow
-def test_long_needs_less_device_memory_than_checkpoint(records: list[Record]) -> None:
-    """Offloading and tiling lower the peak of the same method."""
-    for method in ("ulysses", "upipe"):
-        peaks = {r.offload: r.peak_allocated_bytes for r in records if r.method == method}
-        assert peaks["inputs"] < peaks["none"]
