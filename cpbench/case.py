@@ -96,9 +96,9 @@ class Case(BaseModel):
     mode: Mode = "measure"
     """measure: real ranks; emulate: one rank of W on one device; estimate: fake tensors."""
     device: Device = "cpu"
-    """Where the tensors of a measured or emulated case live."""
+    """Where the tensors live; of an estimate, what it stands for (its own fake tensors live nowhere)."""
     hardware: str | None = None
-    """Machine profile of an estimate; None when measured."""
+    """Machine profile of an estimate for GPUs; None when measured, or for CPU processes."""
     steps: PositiveInt = 3
     """Timed steps."""
     warmup: NonNegativeInt = 2

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from cpbench import registry
 from cpbench.case import Case, Device
 from cpbench.errors import UsageError
+from cpbench.hardware import load_hardware
 from cpbench.launch import child_environment
 from cpbench.machine import usable_cpus, visible_gpus
 from cpbench.mode import ModeChoice, choose_mode
@@ -72,6 +73,7 @@ def plan_sweep(scenario: Scenario, *, plugins: Sequence[Path] = (), resolver: Re
     local = max(-(-world // nodes) for world in scenario.sweep.world_size)
     choice = choose_mode(scenario.run.mode, scenario.run.device, world_size=local, gpus=gpus)
     run = scenario.run.model_copy(update={"mode": choice.mode, "device": choice.device})
+    load_hardware(scenario.run.hardware)
     requested = scenario.expand(mode=choice.mode, device=choice.device)
     resolved = (resolver or resolve_cases)(requested, plugins)
     limited = [

@@ -28,7 +28,7 @@ def choose_mode(
     """
     default: Device = device or ("cuda" if gpus else "cpu")
     if requested == "estimate":
-        return ModeChoice("estimate", device or "cpu", "asked for; nothing is allocated on any device")
+        return ModeChoice("estimate", device or "cuda", "asked for; nothing is allocated on any device")
     if requested != "auto":
         return ModeChoice(requested, default, f"asked for, on {default}")
     if device == "cpu":
@@ -43,5 +43,5 @@ def choose_mode(
             "emulate", "cuda", f"{found}, fewer than {world_size} ranks: one rank runs on one GPU"
         )
     return ModeChoice(
-        "estimate", "cpu", "no GPU is visible; add --device cpu to measure on CPU processes instead"
+        "estimate", "cuda", "no GPU is visible; add --device cpu to measure on CPU processes instead"
     )

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cpbench.case import Case, Mode, OptionValue, Stack
 from cpbench.errors import RecordError, RecordTooNew
+from cpbench.hardware import fit, load_hardware
 from cpbench.machine import Machine, peak_flops
 from cpbench.model_config import ModelConfig
 
@@ -429,6 +430,17 @@ def _speed(case: Case, step_seconds: float | None, gpu: str | None) -> dict[str,
     )
 
 
+def _judge_fit(case: Case, memory: Memory) -> tuple[Status, str | None, list[str]]:
+    """Whether an estimate fits the hardware it is for; its numbers are kept either way."""
+    found = fit(
+        case,
+        load_hardware(case.hardware or ""),
+        peak_bytes=memory.peak_allocated_bytes or 0,
+        host_bytes=memory.host_pinned_peak_bytes or 0,
+    )
+    return found.status, found.reason, []
+
+
 def _judge(
     case: Case, ranks: Sequence[RankReport], speed: dict[str, float | None]
 ) -> tuple[Status, str | None, list[str]]:
@@ -443,8 +455,10 @@ def _judge(
                 )
     if len({rank.attention_backend for rank in ranks}) > 1:
         return "invalid", "ranks ran different attention kernels", []
-    if len(ranks) != case.world_size:
+    if case.mode == "measure" and len(ranks) != case.world_size:
         return "invalid", f"{len(ranks)} of {case.world_size} ranks reported", []
+    if case.hardware is not None and ranks[0].memory.peak_allocated_bytes is not None:
+        return _judge_fit(case, ranks[0].memory)
     mfu = speed["mfu"]
     if mfu is not None and mfu > 1:
         return "invalid", f"MFU {mfu:.0%} is above the hardware's peak: the step did not do all its work", []

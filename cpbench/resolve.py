@@ -34,8 +34,9 @@ def resolve(case: Case, plugins: list[Path]) -> tuple[Case, str | None]:
                 f"world_size={case.world_size} is not a multiple of nodes={case.nodes}; choose one that is"
             )
         method.check(resolved)
-        if case.mode != "estimate":
-            select_kernels(resolved)
+        select_kernels(resolved)
+        if case.mode == "emulate":
+            raise Unsupported("mode emulate is not available yet; use --mode measure or --mode estimate")
     except Unsupported as error:
         return resolved, str(error)
     layout = method.layout(resolved, 0)

@@ -170,7 +170,7 @@ class Scenario(_Section):
                         nodes=self.run.nodes,
                         mode=mode,
                         device=device,
-                        hardware=self.run.hardware if mode != "measure" else None,
+                        hardware=self.run.hardware if mode != "measure" and device == "cuda" else None,
                         steps=self.run.steps,
                         warmup=self.run.warmup,
                         seed=self.run.seed,

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 # A new file belongs in exactly one of these; a name that ends in `.*` stands for a package and all that is in it.
 NOUNS = """
-    cpbench errors units case scenario record machine method registry model_config verification progress_file
+    cpbench errors units case scenario record machine hardware method registry model_config verification
+    progress_file
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* disk doctor expand folders interrupt launch mode outcome progress provenance run_folder

@@ -71,13 +71,15 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_the_data_and_the_types(wheel: Path) -> None:
-    """Templates, scenarios and reference results, the licence and the marker of types travel with the code."""
+    """Templates, scenarios, machine profiles and reference results, the licence and the marker of types travel with the code."""
     names = zipfile.ZipFile(wheel).namelist()
 
     for path in (ROOT / "scenarios").glob("*.toml"):
         assert f"cpbench/_scenarios/{path.name}" in names
     for path in (ROOT / "reports" / "templates").iterdir():
         assert f"cpbench/_templates/{path.name}" in names
+    for path in (ROOT / "cpbench" / "profiles").glob("*.toml"):
+        assert f"cpbench/profiles/{path.name}" in names
     assert "cpbench/_results/README.md" in names
     assert "cpbench/py.typed" in names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

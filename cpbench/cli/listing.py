@@ -14,7 +14,9 @@ from rich.text import Text
 
 from cpbench import registry
 from cpbench.folders import scenario_folders
+from cpbench.hardware import load_hardware, profile_names
 from cpbench.model_config import PRESETS
+from cpbench.units import format_bytes
 
 
 class Kind(StrEnum):
@@ -23,6 +25,7 @@ class Kind(StrEnum):
     METHODS = "methods"
     MODELS = "models"
     SCENARIOS = "scenarios"
+    HARDWARE = "hardware"
 
 
 def list_(
@@ -33,13 +36,15 @@ def list_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """List methods, models or scenarios."""
+    """List methods, models, scenarios or machine profiles."""
     if kind is Kind.METHODS:
         rows = _methods(tuple(plugin or ()))
     elif kind is Kind.MODELS:
         rows = _models()
-    else:
+    elif kind is Kind.SCENARIOS:
         rows = _scenarios()
+    else:
+        rows = _hardware()
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
         return
@@ -72,6 +77,16 @@ def _models() -> list[dict[str, Any]]:
 def _scenarios() -> list[dict[str, Any]]:
     files = [file for folder in scenario_folders() for file in sorted(folder.glob("*.toml"))]
     return [{"name": file.stem, "description": _question(file), "file": str(file)} for file in files]
+
+
+def _hardware() -> list[dict[str, Any]]:
+    rows = []
+    for name in profile_names():
+        profile = load_hardware(name)
+        memory, host = format_bytes(profile.device_memory_bytes), format_bytes(profile.host_memory_bytes)
+        description = f"{profile.gpus_per_node} x {profile.gpu}, {memory} each, {host} host memory"
+        rows.append({"name": name, "description": description, "profile": profile.model_dump(mode="json")})
+    return rows
 
 
 def _millions(count: int) -> str:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from cpbench import registry
 from cpbench.case import Case
+from cpbench.errors import Unsupported
 from cpbench.machine import nvml
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.cpu_trace import CpuTrace
@@ -30,6 +31,7 @@ from cpbench.record import Memory, RankReport, Software, StepSample, WorkerRepor
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
 from cpbench.runtime.recorder import Recorder
 from cpbench.train import TrainStep, World
+from cpbench.world.estimate import estimate_case
 from cpbench.world.measure import measured_world
 
 TRACED_STEPS = 2
@@ -46,6 +48,11 @@ def run_case(case: Case, plugins: Sequence[Path], scratch: Path) -> WorkerReport
     """
     method = registry.load(case.method, case.options, plugins)
     method.check(case)
+    if case.mode == "estimate":
+        write_progress(scratch, phase="counting memory over fake tensors", done=0, total=1, now=time.time())
+        return estimate_case(case, method)
+    if case.mode == "emulate":
+        raise Unsupported("mode emulate is not available yet; use --mode measure or --mode estimate")
     with measured_world(case, method.layout(case, 0)) as world:
         run = CaseRun(case, world, scratch)
         step = run.traced(method)

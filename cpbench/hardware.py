@@ -1,0 +1,110 @@
+"""Machine profiles: what an estimate needs to know of hardware it does not run on.
+
+A profile is a TOML file; every value has its source beside it.  Built-in ones lie in `cpbench/profiles/`; a user's own
+is given by path.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from cpbench.case import Case
+from cpbench.errors import UnknownName, UsageError
+from cpbench.units import format_bytes
+
+_FOLDER = Path(__file__).resolve().parent / "profiles"
+MARGIN = 0.03
+"""Part of the counted peak added for allocator rounding and fragmentation, so that an estimate errs to the safe side."""
+
+
+class Hardware(BaseModel):
+    """One accelerator in its usual node."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    gpu: str
+    """Name as the driver reports it."""
+    gpus_per_node: PositiveInt
+    device_memory_bytes: PositiveInt
+    """All of a device's memory, as the driver reports it."""
+    context_bytes: NonNegativeInt
+    """What a process takes before its first tensor."""
+    communicator_bytes: NonNegativeInt
+    """What the collective library takes for each communicator."""
+    host_memory_bytes: PositiveInt
+    """RAM of a node."""
+    sources: dict[str, str]
+    """Where each value is from."""
+
+
+class Fit(BaseModel):
+    """Whether a case fits, and what that was decided by."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Literal["ok", "oom_device", "oom_host"]
+    reason: str | None
+    device_needed_bytes: int
+    host_needed_bytes: int
+    """Of a node."""
+
+
+def profile_names() -> dict[str, Path]:
+    """Return the built-in profiles by name."""
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.toml"))}
+
+
+def load_hardware(name: str) -> Hardware:
+    """Return a built-in profile, or the one in a TOML file.
+
+    Raises:
+        UnknownName: neither a profile nor a file.
+        UsageError: the file is no profile.
+    """
+    known = profile_names()
+    path = known.get(name) or Path(name)
+    if name not in known and not path.is_file():
+        raise UnknownName("hardware", name, known)
+    try:
+        return Hardware.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"hardware profile {path} cannot be read: {error}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise UsageError(f"hardware profile {path}: {where}: {problem['msg']}") from error
+
+
+def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> Fit:
+    """Return whether the estimated needs of a rank fit.
+
+    Args:
+        case: gives the ranks.
+        hardware: the machine.
+        peak_bytes: peak of the rank's tensors.
+        host_bytes: pinned host memory of the rank.
+    """
+    communicators = 1 + ((case.ulysses_degree or 1) > 1) + ((case.ring_degree or 1) > 1)
+    overhead = hardware.context_bytes + communicators * hardware.communicator_bytes
+    device = round(peak_bytes * (1 + MARGIN)) + overhead
+    host = host_bytes * min(case.world_size, hardware.gpus_per_node)
+    status: Literal["ok", "oom_device", "oom_host"] = "ok"
+    reason = None
+    if device > hardware.device_memory_bytes:
+        status = "oom_device"
+        reason = _short("device memory", device, hardware.device_memory_bytes, "a rank")
+    elif host > hardware.host_memory_bytes:
+        status = "oom_host"
+        reason = _short("host memory", host, hardware.host_memory_bytes, "a node")
+    return Fit(status=status, reason=reason, device_needed_bytes=device, host_needed_bytes=host)
+
+
+def _short(what: str, needed: int, there: int, per: str) -> str:
+    return (
+        f"{what}: {format_bytes(needed)} {per} needed (margin and overheads included), {format_bytes(there)} there, "
+        f"short by {format_bytes(needed - there)}"
+    )
