@@ -18,7 +18,7 @@ from cpbench.units import format_bytes
 
 _FOLDER = Path(__file__).resolve().parent / "profiles"
 MARGIN = 0.03
-"""Part of the counted peak added for allocator rounding and fragmentation, so that an estimate errs to the safe side."""
+"""Part of the counted peak added for allocator rounding and fragmentation, so that an estimate is rather too high."""
 
 
 class Hardware(BaseModel):

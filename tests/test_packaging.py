@@ -71,7 +71,7 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_the_data_and_the_types(wheel: Path) -> None:
-    """Templates, scenarios, machine profiles and reference results, the licence and the marker of types travel with the code."""
+    """Templates, scenarios, profiles, reference results, the licence and the marker of types travel with the code."""
     names = zipfile.ZipFile(wheel).namelist()
 
     for path in (ROOT / "scenarios").glob("*.toml"):

@@ -48,7 +48,7 @@ class FakeTrace(TorchDispatchMode):
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             before = storage.size()
-            result = resize(storage, size)
+            result: torch.UntypedStorage = resize(storage, size)
             if size != before:
                 trace._free(storage._cdata)
                 trace._see(storage)

@@ -2,7 +2,8 @@
 
 A *scope* is a nested region such as forward / attention; a *mark* names the storage of a tensor after the fact
 ("this allocation is the block's output").  On CPU both become profiler annotations, which nest exactly with the
-allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata; an estimate reads it from here.
+allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata; an estimate
+reads both from here.
 """
 
 from __future__ import annotations

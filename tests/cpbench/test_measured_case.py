@@ -9,6 +9,7 @@ from cpbench import registry
 from cpbench.case import AttentionBackend, Case
 from cpbench.cli import app
 from cpbench.record import Record, read_record
+from cpbench.world.estimate import estimate_case
 
 LAYERS = 2
 SCENARIO = f"""
@@ -141,3 +142,31 @@ def test_only_the_long_stack_uses_host_memory(records: list[Record]) -> None:
         expected = LAYERS * 104 * 64 * 4 if record.offload == "inputs" else 0
         assert record.host_pinned_peak_bytes == expected
 
+
+@pytest.mark.slow
+def test_the_estimate_equals_the_measurement(records: list[Record]) -> None:
+    """Fake tensors give the allocator's peak within 1 %, category by category, and the same collectives."""
+    for record in records:
+        estimated = estimate_case(
+            case_of(record).model_copy(update={"mode": "estimate"}),
+            registry.load(record.method, record.options),
+        ).ranks[0]
+        measured = record.ranks[0]
+        wanted = measured.memory.peak_allocated_bytes or 0
+
+        assert abs((estimated.memory.peak_allocated_bytes or 0) - wanted) <= 0.01 * wanted, record.case_id
+        assert estimated.collective_bytes == measured.collective_bytes
+        for name, size in estimated.memory.peak_by_category_bytes.items():
+            assert abs(size - measured.memory.peak_by_category_bytes.get(name, 0)) <= 0.01 * wanted, name
+
+
+@pytest.mark.slow
+def test_an_estimate_of_another_case_does_not_pass_for_this_one(records: list[Record]) -> None:
+    """The twin of the comparison: half the sequence is further off than the bar allows."""
+    record = next(record for record in records if record.method == "ulysses" and record.offload == "none")
+    other = case_of(record).model_copy(update={"mode": "estimate", "seq_len": record.seq_len // 2})
+
+    estimated = estimate_case(other, registry.load(record.method, record.options)).ranks[0]
+
+    wanted = record.ranks[0].memory.peak_allocated_bytes or 0
+    assert abs((estimated.memory.peak_allocated_bytes or 0) - wanted) > 0.01 * wanted

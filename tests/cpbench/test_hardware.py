@@ -1,0 +1,73 @@
+"""Machine profiles and whether a case fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpbench.case import Case
+from cpbench.errors import UnknownName, UsageError
+from cpbench.hardware import MARGIN, fit, load_hardware, profile_names
+from cpbench.model_config import PRESETS
+from cpbench.units import GIB
+
+
+def case() -> Case:
+    return Case(
+        method="upipe",
+        model="llama3-8b",
+        architecture=PRESETS["llama3-8b"],
+        seq_len=1024,
+        world_size=8,
+        ulysses_degree=8,
+        ring_degree=1,
+        mode="estimate",
+        device="cuda",
+        hardware="h100-80g",
+    )
+
+
+@pytest.mark.parametrize("name", sorted(profile_names()))
+def test_every_profile_loads_and_names_its_sources(name: str) -> None:
+    """Each number of a built-in profile has a source."""
+    profile = load_hardware(name)
+
+    numbers = {key for key, value in profile if isinstance(value, int)}
+    assert numbers == set(profile.sources)
+
+
+def test_a_case_fits_until_margin_and_overheads_are_spent() -> None:
+    """The device limit includes context, communicators and margin; the reason says by how much it is short."""
+    hardware = load_hardware("h100-80g")
+    room = hardware.device_memory_bytes - hardware.context_bytes - 2 * hardware.communicator_bytes
+    most = int(room / (1 + MARGIN))
+
+    assert fit(case(), hardware, peak_bytes=most, host_bytes=0).status == "ok"
+    over = fit(case(), hardware, peak_bytes=most + GIB, host_bytes=0)
+    assert over.status == "oom_device"
+    assert "short by 1.03 GiB" in (over.reason or "")
+
+
+def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
+    """Eight ranks of 300 GiB each do not fit in 2 TiB."""
+    hardware = load_hardware("h100-80g")
+
+    assert fit(case(), hardware, peak_bytes=GIB, host_bytes=200 * GIB).status == "ok"
+    assert fit(case(), hardware, peak_bytes=GIB, host_bytes=300 * GIB).status == "oom_host"
+
+
+def test_an_unknown_profile_offers_the_nearest() -> None:
+    """A typo is met with the name that was meant."""
+    with pytest.raises(UnknownName, match="did you mean 'h100-80g'"):
+        load_hardware("h100-80")
+
+
+@pytest.mark.parametrize("text", ["gpu = 1", "not toml", 'gpu = "x"\nsurprise = 2'])
+def test_a_broken_profile_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    """A file that is no profile is named with what is wrong."""
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+
+    with pytest.raises(UsageError, match=r"mine\.toml"):
+        load_hardware(str(path))
