@@ -1,0 +1,91 @@
+"""Estimates, and the records that come of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cpbench import registry
+from cpbench.case import STACKS, Case
+from cpbench.cli import app
+from cpbench.model_config import ModelConfig
+from cpbench.record import read_record
+from cpbench.resolve import resolve
+from cpbench.world.estimate import estimate_case
+
+
+def case(method: str, stack: str, *, layers: int = 8, seq_len: int = 16_384, device: str = "cuda") -> Case:
+    model = ModelConfig(
+        hidden_dim=256,
+        num_layers=layers,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        ffn_dim=688,
+        vocab_size=1021,
+    )
+    requested = Case.model_validate(
+        {
+            "method": method,
+            "model": "deep",
+            "architecture": model,
+            "seq_len": seq_len,
+            "world_size": 4,
+            "stack": STACKS[stack],
+            "mode": "estimate",
+            "device": device,
+        }
+    )
+    resolved, unsupported = resolve(requested, [])
+    assert unsupported is None
+    return resolved
+
+
+@pytest.mark.slow
+def test_tiling_and_offload_lower_the_peak() -> None:
+    """At a length where activations dominate, each stack preset needs less than the one before it."""
+    peaks = []
+    for stack in ("plain", "checkpoint", "long"):
+        c = case("ulysses", stack, layers=4)
+        peaks.append(
+            estimate_case(c, registry.load(c.method, c.options)).ranks[0].memory.peak_allocated_bytes or 0
+        )
+
+    assert peaks[0] > peaks[1] > peaks[2] > 0
+
+
+@pytest.mark.slow
+def test_a_sweep_without_gpus_answers_by_estimate(tmp_path: Path) -> None:
+    """Cases that fit are ok and those that do not say what is short; every record says it is an estimate."""
+    result = CliRunner().invoke(
+        app,
+        [
+            *(
+                "sweep",
+                "--method",
+                "upipe",
+                "--model",
+                "llama3.2-1b",
+                "--seqlen",
+                "256K,64M",
+                "--mode",
+                "estimate",
+            ),
+            *("--hardware", "rtx-4090", "--world", "4", "--runs", str(tmp_path), "--name", "laptop"),
+        ],
+    )
+
+    assert result.exit_code == 0, result.output
+    assert "estimate" in result.output
+    records = [read_record(path) for path in sorted((tmp_path / "laptop" / "cases").glob("*.json"))]
+    assert {record.seq_len: record.status for record in records} == {2**16: "ok", 2**24: "oom_device"}
+    for record in records:
+        assert record.mode == "estimate"
+        assert record.hardware == "rtx-4090"
+        assert record.step_seconds is None  # time is not modelled, and no number stands in for it
+        assert (record.peak_allocated_bytes or 0) > 0
+    raw = json.loads(next((tmp_path / "laptop" / "cases").glob("*16M*.json")).read_text(encoding="utf-8"))
+    assert "short by" in raw["reason"]
