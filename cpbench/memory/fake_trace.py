@@ -27,6 +27,7 @@ from cpbench.runtime.recorder import Recorder
 
 _FSDP = "torch/distributed/fsdp/"
 _OURS = ("/cpbench/", "/methods/")
+_KERNELS = (torch.ops.cpbench.attention_forward.default, torch.ops.cpbench.attention_backward.default)
 _REDUCE = ("post_backward", "foreach_reduce", "reduce_scatter")
 
 
@@ -71,7 +72,7 @@ class FakeTrace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         """Run an operator and note what it allocated."""
-        scratch = scratch_bytes(func, args) if func.namespace == "cpbench" else 0
+        scratch = scratch_bytes(func, args) if func in _KERNELS else 0
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             # A DTensor's own storage stands for the whole tensor, and meta tensors are no memory on any device; the

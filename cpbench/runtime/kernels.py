@@ -188,14 +188,31 @@ def scratch_bytes(op: object, args: Sequence[object]) -> int:
 
     cuda-flash, from FlashAttention-2's `mha_bwd`: a float32 dq accumulator over lengths rounded up to 128 and widths
     to 32, float32 row sums, and with GQA dk and dv of all query heads.  Its forward holds nothing.
-    cpu-flash: not counted (a few buffers of fixed tile size a thread).
+    cpu-flash, from ATen's `FlashAttentionKernel.cpp` (a test holds it against the allocator): score tiles of up to
+    256 x 512 a thread in float32, and in bfloat16 beside them; twice in backward.
     """
-    if op is not torch.ops.cpbench.attention_backward.default or args[8] != "cuda-flash":
-        return 0
-    q, k = args[1], args[2]
+    backward = op is torch.ops.cpbench.attention_backward.default
+    q, k = args[1:3] if backward else args[:2]
+    backend = args[8] if backward else args[5]
     if not (isinstance(q, Tensor) and isinstance(k, Tensor)):
         raise TypeError("q and k of an attention op are tensors")
+    if backend == "cpu-flash":
+        return _cpu_scratch(q, k, backward=backward)
+    return _flash_scratch(q, k) if backward else 0
+
+
+def _flash_scratch(q: Tensor, k: Tensor) -> int:
     b, s, h, e = q.shape
     rows, width = -(-s // 128) * 128, -(-e // 32) * 32
     expanded = 2 * b * k.shape[1] * h * e * q.element_size() if k.shape[2] != h else 0
     return 4 * b * h * rows * (width + 1) + expanded
+
+
+def _cpu_scratch(q: Tensor, k: Tensor, *, backward: bool) -> int:
+    s, threads = q.shape[1], torch.get_num_threads()
+    rows = min(s, 256 if s >= 768 else 64 if s >= 192 else 32)
+    scores = rows * min(k.shape[1], 512)
+    reduced = 2 * scores if q.element_size() < 4 else 0  # a copy of the scores in the inputs' dtype
+    if backward:
+        return 4 * rows + threads * 2 * (4 * scores + reduced)
+    return threads * (4 * (scores + 2 * rows + rows * q.shape[3]) + reduced)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cpbench.case import Case
 from cpbench.errors import Unsupported
+from cpbench.machine import usable_cpus
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.fake_trace import FakeTrace
 from cpbench.method import Method
@@ -43,7 +44,7 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
     if case.attention_backend == "cudnn":
         raise Unsupported("the estimate does not know cuDNN's workspace; use --attention-backend auto")
     recorder, log = Recorder(), CollectiveLog()
-    with _fake_world(case, method, rank) as world, FakeTensorMode(), sampled_tiles():
+    with _threads(case), _fake_world(case, method, rank) as world, FakeTensorMode(), sampled_tiles():
         trace = FakeTrace(recorder)
         with trace:
             step = TrainStep(case, method, world, recorder)
@@ -68,6 +69,18 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
         attention_backend=step.kernels.name,
     )
     return WorkerReport(ranks=(report,), software=Software(torch=torch.__version__))
+
+
+@contextmanager
+def _threads(case: Case) -> Iterator[None]:
+    """The threads a rank would have: a CPU kernel's scratch depends on them."""
+    before = torch.get_num_threads()
+    if case.device == "cpu":
+        torch.set_num_threads(max(1, usable_cpus() // case.world_size))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

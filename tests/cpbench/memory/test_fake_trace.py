@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.cpu_trace import CpuTrace
 from cpbench.memory.fake_trace import FakeTrace
-from cpbench.runtime.kernels import scratch_bytes
+from cpbench.runtime.kernels import Kernels, scratch_bytes
 from cpbench.runtime.recorder import Recorder
 
 Program = Callable[[Recorder], None]
@@ -79,5 +80,30 @@ def test_flash_attention_scratch_follows_its_source() -> None:
     rounded = 256 * 8 * (64 + 1) * 4
     assert scratch(q, "cuda-flash") == rounded
     assert scratch(k, "cuda-flash") == rounded + 2 * 200 * 8 * 48 * 2
-    assert scratch(k, "cpu-flash") == 0
     assert scratch_bytes(torch.ops.cpbench.attention_forward.default, (q, k, k, True, 1.0, "cuda-flash")) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("queries", "keys"), [(20, 20), (104, 104), (416, 416), (1000, 1000), (900, 300)])
+def test_scratch_of_the_cpu_kernel_is_what_the_allocator_says(
+    dtype: torch.dtype, queries: int, keys: int
+) -> None:
+    """Forward and backward allocate inside exactly what the formula says, for every tile size and both dtypes."""
+    q, k, v = (torch.randn(2, n, 4, 24).to(dtype) for n in (queries, keys, keys))
+    kernels = Kernels("cpu-flash")
+    out, lse = kernels.forward(q, k, v, causal=False, scale=1.0)
+
+    def inside(run: Callable[[], object]) -> int:
+        recorder = Recorder()
+        trace = CpuTrace(recorder)
+        trace.start()
+        run()
+        events = trace.stop().events
+        return sum(e.allocation.bytes for e in events if not e.is_free and e.allocation.inside_kernel)
+
+    forward = inside(lambda: kernels.forward(q, k, v, causal=False, scale=1.0))
+    backward = inside(lambda: kernels.backward(out, q, k, v, out, lse, causal=False, scale=1.0))
+
+    ops, tail = torch.ops.cpbench, (False, 1.0, "cpu-flash")
+    assert forward == scratch_bytes(ops.attention_forward.default, (q, k, v, *tail))
+    assert backward == scratch_bytes(ops.attention_backward.default, (out, q, k, v, out, lse, *tail))
