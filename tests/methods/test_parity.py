@@ -20,7 +20,7 @@ HYBRID = {"upipe": ({}, {"stage_heads": 12}, {"ring_degree": 2}, {"ring_degree":
 
 
 def run(world_size: int, num_kv_heads: int, *, dtype: Dtype = "float32", batch_size: int = 1) -> VerifyReport:
-    options = (HYBRID if world_size == 4 else OPTIONS) if world_size > 1 else {}
+    options = (HYBRID if world_size == 4 and dtype == "float32" else OPTIONS) if world_size > 1 else {}
     return verify(
         VerifyRequest(
             methods=METHODS,
@@ -41,7 +41,7 @@ def explain(report: VerifyReport) -> str:
     return "\n".join(f"{r.method} {r.options}: {r.verdict} {r.reason}" for r in report.results)
 
 
-@pytest.mark.parametrize(("world_size", "num_kv_heads"), [(1, 3), (2, 12), (2, 1), (4, 12), (4, 6), (4, 1)])
+@pytest.mark.parametrize(("world_size", "num_kv_heads"), [(1, 3), (2, 12), (2, 1), (4, 12), (4, 1)])
 @pytest.mark.slow
 def test_every_method_equals_the_reference_in_float32(world_size: int, num_kv_heads: int) -> None:
     """MHA, GQA and fewer KV heads than ranks give the reference's output, gradients, losses and norms."""
@@ -53,7 +53,7 @@ def test_every_method_equals_the_reference_in_float32(world_size: int, num_kv_he
 
 @pytest.mark.slow
 def test_two_sequences_with_normalised_queries_equal_the_reference() -> None:
-    """A batch of two with qk-norm passes too, where tensors after an all-to-all are no plain views."""
+    """GQA in a batch of two with qk-norm, where tensors after an all-to-all are no plain views, passes too."""
     report = run(4, 6, batch_size=2)
 
     assert all(result.verdict == "pass" for result in report.results), explain(report)
