@@ -1,4 +1,4 @@
-"""Chooses the world of a sweep: measure, emulate or estimate, and says why."""
+"""Chooses the world of a sweep and says why.  `emulate` has its name but no world yet, so it is never chosen."""
 
 from __future__ import annotations
 
@@ -35,13 +35,11 @@ def choose_mode(
         return ModeChoice(
             "measure", "cpu", "device cpu was asked for, so ranks are processes on this machine"
         )
-    found = f"{gpus} visible GPU{'' if gpus == 1 else 's'}"
+    found = f"{gpus or 'no'} visible GPU{'' if gpus == 1 else 's'}"
     if gpus >= world_size:
         return ModeChoice("measure", "cuda", f"{found} for {world_size} ranks")
-    if gpus:
-        return ModeChoice(
-            "emulate", "cuda", f"{found}, fewer than {world_size} ranks: one rank runs on one GPU"
-        )
     return ModeChoice(
-        "estimate", "cuda", "no GPU is visible; add --device cpu to measure on CPU processes instead"
+        "estimate",
+        "cuda",
+        f"{found} for {world_size} ranks; add --device cpu to measure on CPU processes instead",
     )

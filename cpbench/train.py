@@ -108,6 +108,14 @@ class TrainStep:
             torch.distributed.all_reduce(mean)
         return StepResult(loss=mean, grad_norm=norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
+    def make_optimizer_states(self) -> None:
+        """Make AdamW's states as a first step would, without running one; for estimates, where values do not matter."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self._mark_persistent()
+        self.optimizer.zero_grad()
+
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         """This rank's tokens and the ones that follow them, `[b, n]` each."""
         case, segments = self.case, self.layout.segments

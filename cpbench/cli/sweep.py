@@ -122,8 +122,8 @@ def sweep(
         str | None,
         typer.Option(
             metavar="MODE",
-            help="auto, measure, emulate or estimate. auto measures if the visible GPUs suffice or the "
-            "device is cpu, else emulates one rank on one GPU, else estimates.",
+            help="auto, measure or estimate. auto measures if the visible GPUs suffice or the device is cpu, "
+            "else estimates (memory, counted over fake tensors).",
             rich_help_panel=_HOW,
         ),
     ] = None,

@@ -97,7 +97,7 @@ def norm_backward_into(
 ) -> Tensor:
     """Add the norm's gradient of x to `total` in place and return the gradient of its weight."""
     sums = WeightGradients([weight])
-    for rows in tiles(x.shape[1], tile):
+    for rows in tiles(x.shape[1], tile, sums=True):
         _, dx, dw = tile_gradients(lambda t, w: rms_norm(t, w, eps), x[:, rows], [weight], grad[:, rows])
         total[:, rows] += dx
         sums.add(dw)
@@ -124,7 +124,7 @@ def mlp_backward_into(
     def tile_forward(t: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return swiglu(rms_norm(t, norm, eps), gate, up, down)
 
-    for rows in tiles(h.shape[1], tile):
+    for rows in tiles(h.shape[1], tile, sums=True):
         _, dx, dw = tile_gradients(tile_forward, h[:, rows], weights, dh[:, rows])
         dh[:, rows] += dx
         del dx
@@ -194,7 +194,7 @@ class TiledLoss(torch.autograd.Function):
 
         total = torch.zeros((), dtype=torch.float32, device=h.device)
         dh, sums = torch.empty_like(h), WeightGradients([norm, head])
-        for rows in tiles(h.shape[1], tile):
+        for rows in tiles(h.shape[1], tile, sums=True):
             targets = labels[:, rows]
             loss, dx, dw = tile_gradients(tile_loss, h[:, rows], [norm, head], None)
             total += loss

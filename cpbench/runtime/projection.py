@@ -84,7 +84,7 @@ def _norm_backward_(grad: Tensor, raw: Tensor, norm: HeadNorm) -> Tensor:
     """Turn the gradient after the norm into the one before it, in place; return the weight's gradient."""
     weight = norm.weight.float()
     weight_grad = torch.zeros_like(weight)
-    for rows in tiles(grad.shape[0], _TILE_ELEMENTS // grad.shape[-1]):
+    for rows in tiles(grad.shape[0], _TILE_ELEMENTS // grad.shape[-1], sums=True):
         g, r = grad[rows], raw[rows]
         up, pre = g.float(), r.float()
         inverse = torch.rsqrt(pre.square().mean(-1, keepdim=True) + norm.eps)

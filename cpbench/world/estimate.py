@@ -27,7 +27,6 @@ from cpbench.runtime.tiles import sampled_tiles
 from cpbench.train import TrainStep, World
 from cpbench.world.measure import parallel_groups
 
-_STEPS = 2  # the first makes the optimizer states, the second is reported
 
 
 def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
@@ -48,14 +47,11 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
         trace = FakeTrace(recorder)
         with trace:
             step = TrainStep(case, method, world, recorder)
-            for index in range(_STEPS):
-                with recorder.scope(f"step:{index}"):
-                    if index == _STEPS - 1:
-                        with CountCollectives(log):
-                            step.run(index)
-                    else:
-                        step.run(index)
-            numbers = analyse(trace.timeline, step=f"step:{_STEPS - 1}")
+            with recorder.scope("step:0"):
+                step.make_optimizer_states()
+            with recorder.scope("step:1"), CountCollectives(log):
+                step.run(1)
+            numbers = analyse(trace.timeline, step="step:1")
     if log.unknown:
         raise RuntimeError(f"collectives that are not counted: {', '.join(sorted(set(log.unknown)))}")
     report = RankReport(

@@ -12,15 +12,15 @@ from cpbench.mode import choose_mode
     ("device", "world_size", "gpus", "expected"),
     [
         (None, 8, 8, ("measure", "cuda")),
-        (None, 8, 2, ("emulate", "cuda")),
-        (None, 8, 0, ("estimate", "cpu")),
+        (None, 8, 2, ("estimate", "cuda")),
+        (None, 8, 0, ("estimate", "cuda")),
         ("cuda", 4, 8, ("measure", "cuda")),
         ("cpu", 8, 0, ("measure", "cpu")),
         ("cpu", 8, 8, ("measure", "cpu")),
     ],
 )
 def test_auto(device: Device | None, world_size: int, gpus: int, expected: tuple[Mode, Device]) -> None:
-    """auto measures if it can, else emulates on one GPU, else estimates; cpu by name means measure."""
+    """auto measures if it can, else estimates; cpu by name means measure."""
     choice = choose_mode("auto", device, world_size=world_size, gpus=gpus)
     assert (choice.mode, choice.device) == expected
     assert choice.reason

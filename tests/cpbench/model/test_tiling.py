@@ -83,9 +83,10 @@ def test_slices_cover_the_rows_once() -> None:
     assert [slice(0, 10)] == list(tiles(10, None))
 
 
-def test_sampled_tiles_are_the_first_two_and_the_last() -> None:
-    """An estimate runs the tiles that differ; outside of it all run."""
+def test_sampled_tiles_are_those_that_differ() -> None:
+    """An estimate runs the tiles that differ: two and the last where they add up, else one and the last."""
     with sampled_tiles():
-        assert [slice(0, 4), slice(4, 8), slice(16, 18)] == list(tiles(18, 4))
-        assert [slice(0, 4), slice(4, 8), slice(8, 10)] == list(tiles(10, 4))
+        assert [slice(0, 4), slice(4, 8), slice(16, 18)] == list(tiles(18, 4, sums=True))
+        assert [slice(0, 4), slice(4, 8), slice(8, 10)] == list(tiles(10, 4, sums=True))
+        assert [slice(0, 4), slice(16, 18)] == list(tiles(18, 4))
     assert len(list(tiles(18, 4))) == 5
