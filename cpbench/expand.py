@@ -54,13 +54,20 @@ class Plan:
     plugins: tuple[Path, ...] = ()
 
 
-def plan_sweep(scenario: Scenario, *, plugins: Sequence[Path] = (), resolver: Resolver | None = None) -> Plan:
+def plan_sweep(
+    scenario: Scenario,
+    *,
+    plugins: Sequence[Path] = (),
+    resolver: Resolver | None = None,
+    elsewhere: bool = False,
+) -> Plan:
     """Return the plan of a sweep; nothing is launched or written.
 
     Args:
         scenario: with command-line flags already applied.
         plugins: files of further methods.
         resolver: stands in for `resolve_cases` in tests.
+        elsewhere: other machines run it, so the devices of this one set no limit.
 
     Raises:
         UsageError: a name or option is wrong, or no requested case can run here (with every reason).
@@ -76,8 +83,9 @@ def plan_sweep(scenario: Scenario, *, plugins: Sequence[Path] = (), resolver: Re
     load_hardware(scenario.run.hardware)
     requested = scenario.expand(mode=choice.mode, device=choice.device)
     resolved = (resolver or resolve_cases)(requested, plugins)
+    limit = None if elsewhere else gpus
     limited = [
-        item if item.unsupported else item.model_copy(update={"unsupported": excess(item.case, gpus=gpus)})
+        item if item.unsupported else item.model_copy(update={"unsupported": excess(item.case, gpus=limit)})
         for item in resolved
     ]
     cases = tuple({item.case.case_id: item for item in limited}.values())
@@ -126,17 +134,19 @@ def cpu_process_limit() -> int:
     return max(32, 8 * usable_cpus())
 
 
-def excess(case: Case, *, gpus: int) -> str | None:
+def excess(case: Case, *, gpus: int | None) -> str | None:
     """Return why a measured case has more ranks than this machine has devices, or None.
 
     Args:
         case: a resolved case.
-        gpus: visible GPUs of this machine.
+        gpus: visible GPUs of this machine; None when another machine runs the case, with devices of its own.
     """
     if case.mode != "measure":
         return None
     if case.world_size % case.nodes:
         return f"world_size={case.world_size} does not divide over {case.nodes} nodes; choose a multiple"
+    if gpus is None:
+        return None
     local = case.world_size // case.nodes
     limit, kind = _devices(case.device, gpus)
     if local <= limit:

@@ -5,6 +5,7 @@ cases/<case-id>.json        one record, written to a temporary name and renamed
 logs/<case-id>/             rank<k>.log, launcher.log
 records.parquet, .csv       derived from cases/, one row a case
 scratch/                    files of running cases; empty between cases
+sweep.sbatch, slurm-*.log   of a run that Slurm starts: there before anything else
 .lock                       held by the sweep that writes here
 """
 
@@ -32,6 +33,7 @@ from cpbench.record import INCOMPLETE, Record, read_record, write_record, write_
 from cpbench.scenario import Scenario
 
 RUN_FORMAT_VERSION = 1
+SBATCH_FILE = "sweep.sbatch"
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
 
@@ -124,14 +126,23 @@ class RunFolder:
                     f"another sweep is writing to {self.path}; wait for it, or choose another --name"
                 ) from None
         try:
-            if not resume and (self.info_file.exists() or any(self.cases.iterdir())):
-                raise RunFolderError(
-                    f"run folder {self.path} exists; continue it with --resume, or choose another --name"
-                )
+            self.check(resume=resume)
             yield
         finally:
             shutil.rmtree(self.path / "scratch", ignore_errors=True)
             lock.release()
+
+    def check(self, *, resume: bool) -> None:
+        """Refuse a folder that a sweep must not write to; nothing is created.
+
+        Raises:
+            RunFolderError: it holds a run and `resume` is False, or it holds something else.
+        """
+        self._refuse_foreign()
+        if not resume and (self.info_file.exists() or any(self.cases.glob("*"))):
+            raise RunFolderError(
+                f"run folder {self.path} exists; continue it with --resume, or choose another --name"
+            )
 
     def write_info(self, info: RunInfo) -> None:
         """Write run.json."""
@@ -191,12 +202,12 @@ class RunFolder:
 
     def write_tables(self) -> None:
         """Derive records.parquet and records.csv from the records; whole files or the old ones."""
-        import pandas as pd
+        from cpbench.report.frame import typed_frame
 
         records, _ = self.read_all()
         if not records:
             return
-        frame = pd.DataFrame([record.flat() for record in records])
+        frame = typed_frame([record.flat() for record in records])
         with refusing_bad_disk(self.path):
             for name, write in (("records.parquet", _to_parquet), ("records.csv", _to_csv)):
                 temporary = self.path / f".{name}.{os.getpid()}.tmp"
@@ -216,7 +227,7 @@ class RunFolder:
             raise RunFolderError(
                 f"run folder {self.path} cannot be read ({error.strerror}); choose another place with --runs"
             ) from error
-        if names and not names & {"run.json", "cases"}:
+        if names and not names & {"run.json", "cases", SBATCH_FILE}:
             raise RunFolderError(
                 f"{self.path} is not empty and holds no run; choose another --name or --runs"
             )
@@ -281,6 +292,7 @@ def _to_csv(frame: Any, path: Path) -> None:  # noqa: ANN401
 
 __all__ = [
     "RUN_FORMAT_VERSION",
+    "SBATCH_FILE",
     "RunFolder",
     "RunInfo",
     "Session",

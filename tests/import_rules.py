@@ -24,7 +24,7 @@ NOUNS = """
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* disk doctor expand folders interrupt launch mode outcome progress provenance run_folder
-    summary supervise sweep verify
+    slurm summary supervise sweep verify
 """
 MEASURED = """
     worker verify_worker resolve probe parity train world.* model.* memory.* timing.* runtime.*

@@ -18,18 +18,24 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the page and pictures. Default: RUN/report.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(metavar="RUN|DIR", help="Hold the runs against this one, or a folder of records."),
+    ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Make one offline HTML page, PNG pictures, CSV and Markdown from records."""
     folders = [_folder(text, runs) for text in run]
+    against = None if baseline is None else _folder(baseline, runs, what="baseline")
     from cpbench.report import build
 
-    result = build(folders, out or folders[0] / "report")
+    result = build(folders, out or folders[0] / "report", against)
     if as_json:
         body = {
             "page": str(result.page),
             "pictures": [str(path) for path in result.pictures],
+            "tables": [str(path) for path in result.tables],
             "skipped": list(result.skipped),
         }
         typer.echo(json.dumps(body, indent=1))
@@ -40,13 +46,15 @@ def report(
     console.print(Text(f"page: {result.page}"), soft_wrap=True)
     for picture in result.pictures:
         console.print(Text(f"picture: {picture}"), soft_wrap=True)
+    for table in result.tables:
+        console.print(Text(f"table: {table}"), soft_wrap=True)
 
 
-def _folder(text: str, runs: Path) -> Path:
+def _folder(text: str, runs: Path, *, what: str = "run") -> Path:
     """The folder of a run given as a path, or as a name in `runs`."""
     for folder in (Path(text), runs / text):
         if folder.is_dir():
             return folder
     known = sorted(path.parent.name for path in runs.glob("*/run.json")) if runs.is_dir() else []
     hint = f"; runs there: {', '.join(known[-5:])}" if known else ""
-    raise UsageError(f"run {text!r} is neither a folder nor a run in {runs}{hint}")
+    raise UsageError(f"{what} {text!r} is neither a folder nor a run in {runs}{hint}")

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from cpbench import slurm
 from cpbench.case import STACKS, Device, Dtype, Mode
 from cpbench.cli import flags
 from cpbench.errors import UsageError
@@ -27,6 +28,22 @@ from cpbench.summary import print_cases, print_summary
 from cpbench.sweep import INCOMPLETE_EXIT, Sweep, SweepResult
 
 _MODES = ("auto", *get_args(Mode))
+_LAUNCHERS = ("local", "slurm")
+# Flags that a job's command does not take over as typed: about the submission, or decided by it.
+_NOT_IN_JOB = frozenset(
+    {
+        "launcher",
+        "sbatch",
+        "nodes",
+        "node_rank",
+        "rdzv_endpoint",
+        "mode",
+        "device",
+        "name",
+        "dry_run",
+        "as_json",
+    }
+)
 _WHAT, _HOW, _WHERE = "What to run", "How to run it", "Where it goes"
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -39,11 +56,14 @@ cpbench sweep --method upipe --option upipe.stage_heads=8,16 --seqlen 128K --dry
 
 cpbench sweep --resume --name 20260101-120000-smoke
 
+cpbench sweep --method upipe --world 16 --nodes 2 --launcher slurm --sbatch=--partition=gpu
+
 Exit codes: 0 done, 2 wrong usage, 3 a case ended in error or timeout, 130/143 interrupted.
 """
 
 
 def sweep(
+    context: typer.Context,
     scenario: Annotated[
         str | None,
         typer.Option(
@@ -183,6 +203,23 @@ def sweep(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            metavar="local|slurm",
+            help="slurm: write an sbatch script that measures on --nodes machines, and submit it.",
+            rich_help_panel=_HOW,
+        ),
+    ] = "local",
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPTION",
+            help="One more option of the Slurm job, like --sbatch=--partition=gpu, --sbatch=--exclusive or "
+            "--sbatch=--cpus-per-task=32; repeatable.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -205,7 +242,8 @@ def sweep(
         bool,
         typer.Option(
             "--dry-run",
-            help="List the cases, and why some are unsupported; run and write nothing.",
+            help="List the cases, and why some are unsupported, or print the Slurm script; "
+            "run and write nothing.",
             rich_help_panel=_WHERE,
         ),
     ] = False,
@@ -249,7 +287,13 @@ def sweep(
         resume=resume,
         node_rank=node_rank,
         endpoint=rdzv_endpoint,
+        slurm=flags.choice("--launcher", launcher, _LAUNCHERS) == "slurm",
+        sbatch=slurm.checked_extra(sbatch or ()),
     )
+    if request.slurm:
+        raise typer.Exit(_submit(request, _typed(context), dry_run=dry_run, as_json=as_json))
+    if request.sbatch:
+        raise UsageError(f"--sbatch {request.sbatch[0]!r} needs --launcher slurm")
     raise typer.Exit(_dry_run(request, as_json) if dry_run else _sweep(request, as_json))
 
 
@@ -267,6 +311,8 @@ class _Request:
     resume: bool
     node_rank: int
     endpoint: str | None
+    slurm: bool
+    sbatch: tuple[str, ...]
 
     @property
     def says_what(self) -> bool:
@@ -287,11 +333,13 @@ def _plan(request: _Request) -> tuple[Plan, Nodes]:
     else:
         base = Scenario()
     scenario = _with_flags(base, request)
+    if request.slurm:
+        scenario = slurm.pinned(scenario)
     nodes = _nodes(scenario.run.nodes, request)
     errors = Console(stderr=True)
     waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
     with waiting:
-        return plan_sweep(scenario, plugins=plugins), nodes
+        return plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm), nodes
 
 
 def _with_flags(base: Scenario, request: _Request) -> Scenario:
@@ -309,6 +357,10 @@ def _with_flags(base: Scenario, request: _Request) -> Scenario:
 
 
 def _nodes(count: int, request: _Request) -> Nodes:
+    if request.slurm:
+        if request.node_rank or request.endpoint is not None:
+            raise UsageError("--launcher slurm finds --node-rank and --rdzv-endpoint itself; leave them out")
+        return Nodes(count=count)
     if request.node_rank >= count:
         raise UsageError(f"--node-rank {request.node_rank} must be below --nodes {count}")
     if count > 1 and request.endpoint is None:
@@ -364,6 +416,53 @@ def _sweep(request: _Request, as_json: bool) -> int:
         print_summary(result.records, console)
     _say_next(request, result, console)
     return result.exit_code
+
+
+def _submit(request: _Request, typed: list[str], *, dry_run: bool, as_json: bool) -> int:
+    """Write and submit the job of a sweep, or only show its script."""
+    given = None if request.name is None else checked_name(request.name)
+    plan, nodes = _plan(request)
+    name = given or default_name(plan.scenario.name, request.runs)
+    folder = RunFolder(request.runs / name)
+    folder.check(resume=request.resume)
+    command = [sys.executable, "-m", "cpbench", "sweep", *typed, f"--name={name}", "--launcher=local"]
+    if not request.resume or request.says_what:  # else all of this comes from the run
+        command += [f"--mode={plan.choice.mode}", f"--device={plan.choice.device}"]
+        command += [f"--nodes={nodes.count}"] if nodes.count > 1 or "nodes" in request.run else []
+    job = slurm.make_job(plan, folder, command, request.sbatch)
+    if dry_run:
+        text = slurm.script_text(job)
+        typer.echo(json.dumps({"script": text}, indent=1) if as_json else text, nl=as_json)
+        return 0
+    script = slurm.write_script(job)
+    job_id = slurm.submit(script)
+    if as_json:
+        typer.echo(json.dumps({"run": str(folder.path), "script": str(script), "job_id": job_id}, indent=1))
+        return 0
+    log = folder.path / f"slurm-{job_id}.log"
+    for line in (
+        f"submitted job {job_id}: nodes {nodes.count}, cases {job.cases}, at most {job.minutes} minutes",
+        f"look at it with: squeue --job {job_id}",
+        f"once it runs: tail -f {shlex.quote(str(log))}",
+        f"afterwards: cpbench report {shlex.quote(str(folder.path))}",
+    ):
+        typer.echo(line)
+    return 0
+
+
+def _typed(context: typer.Context) -> list[str]:
+    """The flags of this command line that mean the same inside a job."""
+    found: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(str(parameter.name))
+        if parameter.name in _NOT_IN_JOB or value is None or value is False:
+            continue
+        flag = parameter.opts[0]
+        if value is True:
+            found.append(flag)
+        else:
+            found += [f"{flag}={item}" for item in (value if isinstance(value, list | tuple) else [value])]
+    return found
 
 
 def _as_json(plan: Plan, result: SweepResult) -> dict[str, Any]:

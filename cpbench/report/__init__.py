@@ -4,6 +4,7 @@
     checks.py    entries -> doubts: a loss that differs from the one of `single`, mixed sources
     series.py    entries -> panels of labelled series; nothing is ever joined over modes, machines or stacks
     tables.py    entries -> rows of cells, summary.md;  frame.py: entries -> records.csv, records.parquet
+    baseline.py  two overviews -> rows of cells: the runs against a baseline
     plots.py     panels -> PNG (matplotlib);  charts.py: panels -> interactive charts (plotly)
     page.py      everything -> index.html
 
@@ -35,18 +36,19 @@ class ReportResult:
     """One sentence for each record file that could not be read."""
 
 
-def build(run_dirs: Sequence[Path], out: Path) -> ReportResult:
+def build(run_dirs: Sequence[Path], out: Path, baseline: Path | None = None) -> ReportResult:
     """Write the report of some runs into `out`; files of an older report there are replaced.
 
     Args:
         run_dirs: run folders (`<run>/cases/*.json`), or folders that hold records (`*.json`) themselves.
         out: folder of the report; made if needed.
+        baseline: a run folder or folder of records to hold the runs against; it adds a section, and nothing to
+            the charts and records.csv.
 
     Raises:
         RunFolderError: a folder does not exist or holds no readable record (then nothing is written), or
-        `out`
-            cannot be written.
+            `out` cannot be written.
     """
     from cpbench.report.page import write_report
 
-    return write_report(run_dirs, out)
+    return write_report(run_dirs, out, baseline)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,18 @@ def to_frame(entries: Sequence[Entry]) -> pd.DataFrame:
 
     Besides `Record.flat`, there are `run`, `loss_vs_single` (relative difference) and `loss_differs`.
     """
-    import pandas as pd
-
     rows = [
         entry.record.flat()
         | {"run": entry.run, "loss_vs_single": check.relative, "loss_differs": check.differs}
         for entry, check in zip(entries, check_losses(entries), strict=True)
     ]
+    return typed_frame(rows)
+
+
+def typed_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return rows of `Record.flat` as a dataframe: integers stay integers beside a missing value, which is null."""
+    import pandas as pd
+
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns: dict[str, Any] = {}
     for name in names:

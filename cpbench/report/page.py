@@ -10,6 +10,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from cpbench import __version__
 from cpbench.errors import CpbenchError, RunFolderError
 from cpbench.record import write_text_atomically
 from cpbench.report import ReportResult
+from cpbench.report.baseline import Comparison, compare
 from cpbench.report.charts import ChartGroup, chart_groups
 from cpbench.report.findings import findings, introduction
 from cpbench.report.frame import write_frame
@@ -30,19 +32,22 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def write_report(run_dirs: Sequence[Path], out: Path) -> ReportResult:
+def write_report(run_dirs: Sequence[Path], out: Path, baseline: Path | None = None) -> ReportResult:
     """Read the runs and write the report; see `cpbench.report.build`."""
     loaded = load_runs(run_dirs)
     overview = arrange(loaded.entries)
+    comparison = None
+    if baseline is not None:
+        loaded, comparison = _against(baseline, loaded, overview)
     try:
         out.mkdir(parents=True, exist_ok=True)
         tables = write_frame(loaded.entries, out)
         summary = out / "summary.md"
-        write_text_atomically(summary, summary_markdown(overview, loaded))
+        write_text_atomically(summary, summary_markdown(overview, loaded, comparison))
         pictures = write_pictures(overview, out)
         page = out / "index.html"
         beside = tuple(path.name for path in (*pictures, *tables, summary))
-        write_text_atomically(page, render_page(overview, loaded, beside))
+        write_text_atomically(page, render_page(overview, loaded, beside, comparison))
     except OSError as error:
         raise RunFolderError(
             f"report folder {out} cannot be written: {error.strerror or error}; choose another with --out"
@@ -50,13 +55,26 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> ReportResult:
     return ReportResult(page=page, pictures=pictures, tables=(*tables, summary), skipped=loaded.skipped)
 
 
-def render_page(overview: Overview, loaded: Loaded, beside: Sequence[str]) -> str:
+def _against(baseline: Path, loaded: Loaded, overview: Overview) -> tuple[Loaded, Comparison]:
+    """Compare with the baseline; its skipped files join those of the runs."""
+    found = load_runs([baseline])
+    name = found.runs[0].name
+    if name in {run.name for run in loaded.runs}:
+        name = f"{baseline.resolve().parent.name}/{name}"
+    skipped = (*loaded.skipped, *(f"baseline {problem}" for problem in found.skipped))
+    return replace(loaded, skipped=skipped), compare(overview, arrange(found.entries), name)
+
+
+def render_page(
+    overview: Overview, loaded: Loaded, beside: Sequence[str], comparison: Comparison | None = None
+) -> str:
     """Return the page as text.
 
     Args:
         overview: what to show.
         loaded: runs and skipped files.
         beside: names of the files that are written beside the page.
+        comparison: with a baseline, if there is one.
     """
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -78,6 +96,7 @@ def render_page(overview: Overview, loaded: Loaded, beside: Sequence[str]) -> st
         findings=findings(overview),
         groups=groups,
         table=results_table(overview),
+        comparison=comparison,
         failures=failures(overview),
         warnings=warnings(overview, loaded),
         loss_note=loss_note(overview),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cpbench.report.checks import mixed_sources
 from cpbench.report.columns import COLUMNS, Cell, Column
@@ -15,6 +16,9 @@ from cpbench.report.load import Loaded, RunFacts
 from cpbench.report.palette import StatusWords
 from cpbench.report.series import Overview, Panel, Point, Series
 from cpbench.units import format_bytes, format_length
+
+if TYPE_CHECKING:
+    from cpbench.report.baseline import Comparison, Heading
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,13 +130,13 @@ def loss_note(overview: Overview) -> str:
     )
 
 
-def summary_markdown(overview: Overview, loaded: Loaded) -> str:
-    """Return the results and failures as Markdown, for a pull request or a CI summary."""
+def summary_markdown(overview: Overview, loaded: Loaded, comparison: Comparison | None = None) -> str:
+    """Return the results, the comparison and the failures as Markdown, for a pull request or a CI summary."""
     table = results_table(overview)
     lines = ["# cpbench report", "", _markdown(overview.subtitle), "", _markdown(loss_note(overview)), ""]
-    lines.append("| " + " | ".join(_markdown(column.title) for column in table.columns) + " |")
-    lines.append("|" + "|".join("---:" if column.numeric else "---" for column in table.columns) + "|")
-    lines += ["| " + " | ".join(_markdown(cell.text) for cell in row) + " |" for row in table.rows]
+    lines += _markdown_table(table.columns, table.rows)
+    if comparison is not None:
+        lines += _markdown_comparison(comparison)
     sections = (
         (
             "Without a result",
@@ -148,6 +152,32 @@ def summary_markdown(overview: Overview, loaded: Loaded) -> str:
         if items:
             lines += ["", f"## {title}", "", *(f"- {item}" for item in items)]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(
+    columns: Sequence[Column] | Sequence[Heading], rows: Sequence[Sequence[Cell]]
+) -> list[str]:
+    return [
+        "| " + " | ".join(_markdown(column.title) for column in columns) + " |",
+        "|" + "|".join("---:" if column.numeric else "---" for column in columns) + "|",
+        *("| " + " | ".join(_markdown(cell.text) for cell in row) + " |" for row in rows),
+    ]
+
+
+def _markdown_comparison(comparison: Comparison) -> list[str]:
+    lines = ["", f"## Against the baseline {_markdown(comparison.name)}", ""]
+    lines.append(" ".join(_markdown(text) for text in comparison.lead))
+    lists = (
+        ("No longer ok", comparison.flagged),
+        ("Only in this report", comparison.only_here),
+        ("Only in the baseline", comparison.only_there),
+    )
+    for title, texts in lists:
+        if texts:
+            lines += ["", f"{title}:", "", *(f"- {_markdown(text)}" for text in texts)]
+    if comparison.rows:
+        lines += ["", *_markdown_table(comparison.columns, comparison.rows)]
+    return lines
 
 
 def environment(overview: Overview, loaded: Loaded) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:

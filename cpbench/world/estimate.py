@@ -28,7 +28,6 @@ from cpbench.train import TrainStep, World
 from cpbench.world.measure import parallel_groups
 
 
-
 def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
     """Return what one rank of a case would use.
 

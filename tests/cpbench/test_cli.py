@@ -26,7 +26,7 @@ from tests.cpbench.workers.harness import FAKE_WORKER, ROOT
 SURFACE = {
     "doctor": {"--json", "--runs"},
     "list": {"--json", "--plugin"},
-    "report": {"--json", "--out", "--runs"},
+    "report": {"--baseline", "--json", "--out", "--runs"},
     "sweep": {
         "--batch",
         "--device",
@@ -34,6 +34,7 @@ SURFACE = {
         "--dtype",
         "--hardware",
         "--json",
+        "--launcher",
         "--method",
         "--mode",
         "--model",
@@ -45,6 +46,7 @@ SURFACE = {
         "--rdzv-endpoint",
         "--resume",
         "--runs",
+        "--sbatch",
         "--scenario",
         "--seed",
         "--seqlen",

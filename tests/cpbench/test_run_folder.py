@@ -165,6 +165,21 @@ def test_tables_skip_broken_records(tmp_path: Path) -> None:
     assert len(pd.read_csv(tmp_path / "records.csv")) == 1
 
 
+def test_tables_keep_integers_beside_missing_values(tmp_path: Path) -> None:
+    """Bytes of a finished case stay integers beside a case without numbers, in both files."""
+    folder = RunFolder(tmp_path)
+    folder.cases.mkdir()
+    finished = record(fake_case("ok"), "ok").model_copy(update={"peak_allocated_bytes": 2**53 + 1})
+    folder.write(finished)
+    folder.write(record(fake_case("ok", seq_len=7), "error"))
+    folder.write_tables()
+    frame = pd.read_parquet(tmp_path / "records.parquet", dtype_backend="numpy_nullable")
+    assert frame["peak_allocated_bytes"].dtype == "Int64"
+    assert frame["peak_allocated_bytes"].dropna().tolist() == [2**53 + 1]
+    assert frame["peak_allocated_bytes"].isna().sum() == 1
+    assert f",{2**53 + 1}," in (tmp_path / "records.csv").read_text(encoding="utf-8")
+
+
 def test_no_table_without_records(tmp_path: Path) -> None:
     """A run that was interrupted before its first record has no empty table."""
     folder = RunFolder(tmp_path)
