@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cpbench import registry
 from cpbench.case import Dtype
 from cpbench.verification import Verification, VerifyReport
 from cpbench.verify import VerifyRequest, verify
 
-METHODS = ("single", "ring", "ulysses", "upipe")
+METHODS = tuple(registry.method_files())
 BROKEN = Path(__file__).parent / "broken"
 OPTIONS = {
     "ring": ({}, {"layout_order": "contiguous"}),
