@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -17,13 +15,11 @@ from rich.text import Text
 from cpbench import slurm
 from cpbench.case import STACKS, Device, Dtype, Mode
 from cpbench.cli import flags
+from cpbench.cli.request import SweepRequest, plan_request
 from cpbench.errors import UsageError
-from cpbench.expand import Plan, plan_sweep
-from cpbench.folders import scenario_folders
-from cpbench.launch import Nodes
+from cpbench.expand import Plan
 from cpbench.progress import headline, make_display
 from cpbench.run_folder import RunFolder, checked_name, default_name
-from cpbench.scenario import Scenario, build_scenario, load_scenario
 from cpbench.summary import print_cases, print_summary
 from cpbench.sweep import INCOMPLETE_EXIT, Sweep, SweepResult
 
@@ -276,7 +272,7 @@ def sweep(
         "timeout_seconds": timeout,
         "nodes": nodes,
     }
-    request = _Request(
+    request = SweepRequest(
         scenario=scenario,
         axes={key: values for key, values in axes.items() if values},
         run={key: value for key, value in run.items() if value is not None},
@@ -297,83 +293,8 @@ def sweep(
     raise typer.Exit(_dry_run(request, as_json) if dry_run else _sweep(request, as_json))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Request:
-    """The command line, checked flag by flag."""
-
-    scenario: str | None
-    axes: dict[str, Any]
-    run: dict[str, Any]
-    options: dict[str, Any]
-    plugins: tuple[Path, ...]
-    name: str | None
-    runs: Path
-    resume: bool
-    node_rank: int
-    endpoint: str | None
-    slurm: bool
-    sbatch: tuple[str, ...]
-
-    @property
-    def says_what(self) -> bool:
-        """Whether any flag describes cases, as opposed to naming a run to resume."""
-        shaping = {key for key in self.run if key != "timeout_seconds"}
-        return bool(self.scenario or self.axes or shaping or self.options or self.plugins)
-
-
-def _plan(request: _Request) -> tuple[Plan, Nodes]:
-    plugins = request.plugins
-    if request.resume and request.name is None:
-        raise UsageError("--resume needs --name RUN, the run to continue")
-    if request.resume and not request.says_what:
-        info = RunFolder(request.runs / checked_name(str(request.name))).read_info()
-        base, plugins = info.scenario, tuple(Path(path) for path in info.plugins)
-    elif request.scenario is not None:
-        base = load_scenario(request.scenario, folders=scenario_folders())
-    else:
-        base = Scenario()
-    scenario = _with_flags(base, request)
-    if request.slurm:
-        scenario = slurm.pinned(scenario)
-    nodes = _nodes(scenario.run.nodes, request)
-    errors = Console(stderr=True)
-    waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
-    with waiting:
-        return plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm), nodes
-
-
-def _with_flags(base: Scenario, request: _Request) -> Scenario:
-    raw = base.model_dump(exclude_none=True)
-    raw["sweep"] |= request.axes
-    raw["run"] |= request.run
-    for method, fields in request.options.items():
-        if method not in raw["sweep"]["method"]:
-            raise UsageError(
-                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods of this sweep "
-                f"({', '.join(raw['sweep']['method'])}); add --method {method}"
-            )
-        raw["options"][method] = raw["options"].get(method, {}) | fields
-    return build_scenario(raw)
-
-
-def _nodes(count: int, request: _Request) -> Nodes:
-    if request.slurm:
-        if request.node_rank or request.endpoint is not None:
-            raise UsageError("--launcher slurm finds --node-rank and --rdzv-endpoint itself; leave them out")
-        return Nodes(count=count)
-    if request.node_rank >= count:
-        raise UsageError(f"--node-rank {request.node_rank} must be below --nodes {count}")
-    if count > 1 and request.endpoint is None:
-        raise UsageError(
-            f"--nodes {count} needs --rdzv-endpoint HOST:PORT, an address of node 0 all nodes can reach"
-        )
-    if count > 1 and request.name is None:
-        raise UsageError(f"--nodes {count} needs --name RUN, so that every node means the same run")
-    return Nodes(count=count, rank=request.node_rank, endpoint=request.endpoint)
-
-
-def _dry_run(request: _Request, as_json: bool) -> int:
-    plan, _ = _plan(request)
+def _dry_run(request: SweepRequest, as_json: bool) -> int:
+    plan, _ = plan_request(request)
     if as_json:
         body = {
             "mode": plan.choice.mode,
@@ -396,9 +317,9 @@ def _dry_run(request: _Request, as_json: bool) -> int:
     return 0
 
 
-def _sweep(request: _Request, as_json: bool) -> int:
+def _sweep(request: SweepRequest, as_json: bool) -> int:
     name = None if request.name is None else checked_name(request.name)
-    plan, nodes = _plan(request)
+    plan, nodes = plan_request(request)
     folder = RunFolder(request.runs / (name or default_name(plan.scenario.name, request.runs)))
     console = Console(stderr=as_json)
     task = Sweep(
@@ -418,10 +339,10 @@ def _sweep(request: _Request, as_json: bool) -> int:
     return result.exit_code
 
 
-def _submit(request: _Request, typed: list[str], *, dry_run: bool, as_json: bool) -> int:
+def _submit(request: SweepRequest, typed: list[str], *, dry_run: bool, as_json: bool) -> int:
     """Write and submit the job of a sweep, or only show its script."""
     given = None if request.name is None else checked_name(request.name)
-    plan, nodes = _plan(request)
+    plan, nodes = plan_request(request)
     name = given or default_name(plan.scenario.name, request.runs)
     folder = RunFolder(request.runs / name)
     folder.check(resume=request.resume)
@@ -477,7 +398,7 @@ def _as_json(plan: Plan, result: SweepResult) -> dict[str, Any]:
     }
 
 
-def _say_next(request: _Request, result: SweepResult, console: Console) -> None:
+def _say_next(request: SweepRequest, result: SweepResult, console: Console) -> None:
     """Print where the records are and the command that comes next."""
     counts = ", ".join(f"{number} {status}" for status, number in result.counts.items())
     lines = [f"records: {result.folder}  ({counts or 'none'})"] if request.node_rank == 0 else []

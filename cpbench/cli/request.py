@@ -1,0 +1,98 @@
+"""What the flags of `cpbench sweep` ask for: the command line as one object, and the plan it means."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cpbench import slurm
+from cpbench.errors import UsageError
+from cpbench.expand import Plan, plan_sweep
+from cpbench.folders import scenario_folders
+from cpbench.launch import Nodes
+from cpbench.run_folder import RunFolder, checked_name
+from cpbench.scenario import Scenario, build_scenario, load_scenario
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepRequest:
+    """The command line, checked flag by flag."""
+
+    scenario: str | None
+    axes: dict[str, Any]
+    run: dict[str, Any]
+    options: dict[str, Any]
+    plugins: tuple[Path, ...]
+    name: str | None
+    runs: Path
+    resume: bool
+    node_rank: int
+    endpoint: str | None
+    slurm: bool
+    sbatch: tuple[str, ...]
+
+    @property
+    def says_what(self) -> bool:
+        """Whether any flag describes cases, as opposed to naming a run to resume."""
+        shaping = {key for key in self.run if key != "timeout_seconds"}
+        return bool(self.scenario or self.axes or shaping or self.options or self.plugins)
+
+
+def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
+    """Return the plan that a command line asks for, and this machine's place among the nodes.
+
+    Raises:
+        UsageError: flags that do not go together, or a plan in which nothing can run.
+    """
+    plugins = request.plugins
+    if request.resume and request.name is None:
+        raise UsageError("--resume needs --name RUN, the run to continue")
+    if request.resume and not request.says_what:
+        info = RunFolder(request.runs / checked_name(str(request.name))).read_info()
+        base, plugins = info.scenario, tuple(Path(path) for path in info.plugins)
+    elif request.scenario is not None:
+        base = load_scenario(request.scenario, folders=scenario_folders())
+    else:
+        base = Scenario()
+    scenario = _with_flags(base, request)
+    if request.slurm:
+        scenario = slurm.pinned(scenario)
+    nodes = _nodes(scenario.run.nodes, request)
+    errors = Console(stderr=True)
+    waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
+    with waiting:
+        return plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm), nodes
+
+
+def _with_flags(base: Scenario, request: SweepRequest) -> Scenario:
+    raw = base.model_dump(exclude_none=True)
+    raw["sweep"] |= request.axes
+    raw["run"] |= request.run
+    for method, fields in request.options.items():
+        if method not in raw["sweep"]["method"]:
+            raise UsageError(
+                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods of this sweep "
+                f"({', '.join(raw['sweep']['method'])}); add --method {method}"
+            )
+        raw["options"][method] = raw["options"].get(method, {}) | fields
+    return build_scenario(raw)
+
+
+def _nodes(count: int, request: SweepRequest) -> Nodes:
+    if request.slurm:
+        if request.node_rank or request.endpoint is not None:
+            raise UsageError("--launcher slurm finds --node-rank and --rdzv-endpoint itself; leave them out")
+        return Nodes(count=count)
+    if request.node_rank >= count:
+        raise UsageError(f"--node-rank {request.node_rank} must be below --nodes {count}")
+    if count > 1 and request.endpoint is None:
+        raise UsageError(
+            f"--nodes {count} needs --rdzv-endpoint HOST:PORT, an address of node 0 all nodes can reach"
+        )
+    if count > 1 and request.name is None:
+        raise UsageError(f"--nodes {count} needs --name RUN, so that every node means the same run")
+    return Nodes(count=count, rank=request.node_rank, endpoint=request.endpoint)
