@@ -31,6 +31,7 @@ def run(world_size: int, num_kv_heads: int, *, dtype: Dtype = "float32", batch_s
             num_kv_heads=num_kv_heads,
             head_dim=16,
             hidden_dim=104,
+            num_layers=2 if batch_size > 1 else 1,
             batch_size=batch_size,
             qk_norm=batch_size > 1,
             dtype=dtype,
