@@ -151,7 +151,11 @@ def test_the_estimate_equals_the_measurement(records: list[Record]) -> None:
             case_of(record).model_copy(update={"mode": "estimate"}),
             registry.load(record.method, record.options),
         ).ranks[0]
-        measured = record.ranks[0]
+        # All ranks but the last hold equal shards.  gloo may free a buffer on a thread of its own, unseen, which only
+        # ever adds to a trace, so the least of equal ranks is the clean one.
+        measured = min(
+            record.ranks[:-1] or record.ranks, key=lambda rank: rank.memory.peak_allocated_bytes or 0
+        )
         wanted = measured.memory.peak_allocated_bytes or 0
 
         assert abs((estimated.memory.peak_allocated_bytes or 0) - wanted) <= 0.01 * wanted, record.case_id
