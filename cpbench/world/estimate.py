@@ -1,7 +1,7 @@
 """The world without devices: one rank of W over fake tensors and a fake process group, its memory counted.
 
-The same training step runs as in the measured world.  Of every tile loop the first two tiles and the last run, since
-those between repeat the second.
+The same training step runs as in the measured world, once, after the optimizer states are made.  Tile loops run only
+the tiles that differ (`cpbench.runtime.tiles`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
         Unsupported: the attention backend's inner memory is not known.
     """
     if case.attention_backend == "cudnn":
-        raise Unsupported("the estimate does not know cuDNN's workspace; use --attention-backend auto")
+        raise Unsupported(
+            'the estimate does not know cuDNN\'s workspace; set attention_backend = "auto" in [run] of the scenario'
+        )
     recorder, log = Recorder(), CollectiveLog()
     with _threads(case), _fake_world(case, method, rank) as world, FakeTensorMode(), sampled_tiles():
         trace = FakeTrace(recorder)
