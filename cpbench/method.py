@@ -41,13 +41,18 @@ class Layout:
 class Costs:
     """Closed forms for one attention block on one rank; tests hold counted values against them.
 
-    Bytes of a collective are those the rank sends to others (see `cpbench.runtime.collectives`).
+    Bytes of a collective are those the rank sends to others (see `cpbench.runtime.collectives`).  Peaks are those of a
+    block in a checkpointed stack; tiles of fixed size (a few MiB) are left out.
     """
 
     forward_collective_bytes: dict[str, int] = field(default_factory=dict)
     """By kind, one forward pass of the block."""
     backward_collective_bytes: dict[str, int] = field(default_factory=dict)
-    """By kind, one backward pass of the block, its own recomputation included."""
+    """By kind, one backward pass of the block, the recomputation inside it included, the checkpoint's not."""
+    forward_peak_bytes: int = 0
+    """Most bytes the block holds in forward beyond its input, its output and the weights, kernel scratch included."""
+    backward_peak_bytes: int = 0
+    """The same in the recomputation and the backward of a checkpointed block, beyond x, dy, dx and weight gradients."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,11 @@ from cpbench.model.tiling import Tiles, rms_norm
 from cpbench.model_config import ModelConfig
 from cpbench.runtime.collectives import Group
 from cpbench.runtime.context import AttentionContext
+from cpbench.runtime.host_pool import HostPool
 from cpbench.runtime.kernels import select_kernels
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
+from cpbench.runtime.streams import Streams
 from cpbench.train import DTYPES, TrainStep, World
 from cpbench.verification import Check, Verification
 from cpbench.world.measure import parallel_groups
@@ -153,7 +155,7 @@ class ParityRank:
         """Run one attention block over all ranks and return its full-size results on every rank."""
         layout = method.layout(case, self.rank)
         ulysses, ring = parallel_groups(self.rank, layout)
-        ctx = context_of(case, layout.segments, ulysses, ring)
+        ctx = context_of(case, layout.segments, ulysses, ring, self.device)
         mine = torch.cat([torch.arange(start, stop) for start, stop in layout.segments]).to(self.device)
         leaves = {
             name: t.detach().clone().requires_grad_()
@@ -290,16 +292,18 @@ def relative_error(ours: Tensor, wanted: Tensor) -> float:
 
 
 def context_of(
-    case: Case, segments: tuple[tuple[int, int], ...], ulysses: Group, ring: Group
+    case: Case, segments: tuple[tuple[int, int], ...], ulysses: Group, ring: Group, device: torch.device
 ) -> AttentionContext:
     """Return the surroundings of a block outside a model."""
+    recorder = Recorder()
     return AttentionContext(
         case=case,
         ulysses=ulysses,
         ring=ring,
         kernels=select_kernels(case),
         rope=Rope(segments, case.architecture.rope_theta),
-        recorder=Recorder(),
+        recorder=recorder,
+        host=HostPool(device, Streams(device), recorder),
     )
 
 

@@ -12,12 +12,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from cpbench.case import Case
-from cpbench.errors import Unsupported
 from cpbench.method import Layout, Method
 from cpbench.model.block import BlockSettings
 from cpbench.model.seeded import initialise, tokens_at
 from cpbench.model.tiling import TILES, Tiles
 from cpbench.model.transformer import Decoder
+from cpbench.optimizer import OffloadedAdamW
 from cpbench.runtime.collectives import Group
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.host_pool import HostPool
@@ -68,21 +68,21 @@ class TrainStep:
             world: this rank's place.
             recorder: told where the step is.
             tiles: sizes instead of the standard ones, for tests.
-
-        Raises:
-            Unsupported: an option that the stack does not have.
         """
-        if case.stack.optimizer_offload:
-            raise Unsupported("optimizer_offload is not available yet; leave it false")
         self.case = case
         self.world = world
         self.recorder = recorder
         self.layout: Layout = method.layout(case, world.rank)
         self.kernels = select_kernels(case)
-        self.host_pool = HostPool(world.device, Streams(world.device), recorder)
+        streams = Streams(world.device)
+        self.host_pool = HostPool(world.device, streams, recorder, asynchronous=case.device == "cuda")
         self.clock = Clock(world.device)
         self.model = self._sharded(method, tiles or TILES)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+        self.optimizer = (
+            OffloadedAdamW(self.model.parameters(), self.host_pool, streams, recorder, lr=LEARNING_RATE)
+            if case.stack.optimizer_offload
+            else torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
+        )
 
     def run(self, step: int) -> StepResult:
         """Run one training step and return its scalars; the clock then holds forward, backward and optimizer."""
@@ -142,6 +142,7 @@ class TrainStep:
             kernels=self.kernels,
             rope=Rope(self.layout.segments, case.architecture.rope_theta),
             recorder=self.recorder,
+            host=self.host_pool,
         )
         settings = BlockSettings(
             method=method,

@@ -85,8 +85,10 @@ class _RingCore:
     ctx: AttentionContext
     zigzag: bool
 
-    def forward(self, produce: Produce, saved: Saved) -> None:
+    def inputs(self, produce: Produce, saved: Saved) -> None:
         saved["v"], saved["k"], saved["q"] = produce("v"), produce("k"), produce("q")
+
+    def attend(self, saved: Saved) -> None:
         saved["out"], saved["lse"] = self._ring().forward(saved["q"], saved["k"], saved["v"])
 
     def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:

@@ -51,8 +51,10 @@ METHOD = Single
 class _SingleCore:
     ctx: AttentionContext
 
-    def forward(self, produce: Produce, saved: Saved) -> None:
+    def inputs(self, produce: Produce, saved: Saved) -> None:
         saved["v"], saved["k"], saved["q"] = produce("v"), produce("k"), produce("q")
+
+    def attend(self, saved: Saved) -> None:
         saved["out"], saved["lse"] = self.ctx.kernels.forward(
             saved["q"], saved["k"], saved["v"], causal=True, scale=self.ctx.scale
         )

@@ -75,17 +75,19 @@ METHOD = Ulysses
 class _UlyssesCore:
     ctx: AttentionContext
 
-    def forward(self, produce: Produce, saved: Saved) -> None:
+    def inputs(self, produce: Produce, saved: Saved) -> None:
         group, recorder = self.ctx.ulysses, self.ctx.recorder
         copies = replicas(self.ctx.case.architecture.num_kv_heads, group.size)
         # One tensor at a time: its source is gone before the next is projected.
         saved["v"] = all_to_all_heads(replicate_heads(produce("v"), copies), group, recorder)
         saved["k"] = all_to_all_heads(replicate_heads(produce("k"), copies), group, recorder)
         saved["q"] = all_to_all_heads(produce("q"), group, recorder)
+
+    def attend(self, saved: Saved) -> None:
         out, saved["lse"] = self.ctx.kernels.forward(
             saved["q"], saved["k"], saved["v"], causal=True, scale=self.ctx.scale
         )
-        saved["out"] = all_to_all_sequence(out, group, recorder)
+        saved["out"] = all_to_all_sequence(out, self.ctx.ulysses, self.ctx.recorder)
 
     def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:
         group, recorder = self.ctx.ulysses, self.ctx.recorder

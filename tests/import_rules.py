@@ -27,7 +27,7 @@ ORCHESTRATOR = """
     slurm summary supervise sweep verify
 """
 MEASURED = """
-    worker verify_worker resolve probe parity train world.* model.* memory.* timing.* runtime.*
+    worker verify_worker resolve probe parity train optimizer world.* model.* memory.* timing.* runtime.*
 """
 
 TORCH = frozenset({"torch"})

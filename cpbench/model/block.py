@@ -4,12 +4,16 @@ Checkpointed, a block keeps its input only (in host memory if inputs are offload
 attention once, then runs the MLP's backward straight from h, tile by tile, so the MLP's forward is computed twice in
 all (a checkpoint around a tiled MLP computes it three times), and reuses storages: h lives in the attention output,
 gradients of the residual stream in the incoming gradient.
+
+An offloaded input is fetched twice: for the recomputation, and again for the norm's backward, so that it is not on the
+device while the attention's backward is, where a step has its peak.  The input of the block before it is fetched
+beside that norm's backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +35,7 @@ from cpbench.model.tiling import (
 from cpbench.model_config import ModelConfig
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.host_pool import HostPool, Stored
+from cpbench.runtime.memo import Memo
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ class BlockSettings:
     """Where checkpointed inputs wait; None keeps them on the device."""
     waiting: list[Stored]
     """Inputs of earlier blocks, in order, so that backward can prefetch the next it needs."""
+    save_attention: int = 0
+    """The first so many blocks keep their attention output in host memory and do not recompute it."""
 
 
 class Block(nn.Module):
@@ -102,13 +109,16 @@ class Block(nn.Module):
 class _AttentionGraph:
     """A method's own autograd graph between detached ends, so that its forward and backward are separate regions."""
 
-    def __init__(self, block: Block, normed: Tensor, weights: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, block: Block, normed: Tensor, weights: Sequence[Tensor | None], memo: Memo | None = None
+    ) -> None:
         self.block = block
+        ctx = replace(block.settings.ctx, memo=memo)
         recorder = block.settings.ctx.recorder
         with torch.enable_grad(), recorder.scope(f"attention:{block.layer}"):
             x = normed.detach().requires_grad_()
             leaves = [None if w is None else w.detach().requires_grad_() for w in weights]
-            y = block.settings.method.attention(x, AttentionWeights(*leaves), block.settings.ctx)  # type: ignore[arg-type]
+            y = block.settings.method.attention(x, AttentionWeights(*leaves), ctx)  # type: ignore[arg-type]
             recorder.mark("attention_output", y)
         self.output: Tensor | None = y.detach()
         self._edge = get_gradient_edge(y)
@@ -161,11 +171,13 @@ class _Checkpointed(torch.autograd.Function):
                 node.kept = settings.inputs.store(x)
             settings.waiting.append(node.kept)
         node.block, node.weights = block, weights
+        node.memo = Memo(settings.ctx.host, save_attention=block.layer < settings.save_attention)
+        ctx = replace(settings.ctx, memo=node.memo)
         with recorder.scope("norm"):
             normed = norm_tiled(x, norm, block.eps, settings.tiles.norm)  # type: ignore[arg-type]
         with recorder.scope(f"attention:{block.layer}"):
-            h = settings.method.attention(normed, AttentionWeights(*attention), settings.ctx)  # type: ignore[arg-type]
-        recorder.mark("residual", h)
+            h = settings.method.attention(normed, AttentionWeights(*attention), ctx)  # type: ignore[arg-type]
+            recorder.mark("attention_output", h)
         del normed
         h += x
         with recorder.scope("mlp"):
@@ -179,32 +191,46 @@ class _Checkpointed(torch.autograd.Function):
         norm, attention, mlp = weights[0], weights[1:7], weights[7:]
         # The only consumer of this block's output was the next block, so its gradient is ours to overwrite.
         (dh,) = grads
-        x = _take_input(node, settings)
+        kept, node.kept = node.kept, None
+        memo, node.memo = node.memo, None
+        memo.recomputing = True
+        x = _read_input(kept, settings)
         with recorder.scope("norm"):
             normed = norm_tiled(x, norm, block.eps, settings.tiles.norm)
-        graph = _AttentionGraph(block, normed, attention)
+        graph = _AttentionGraph(block, normed, attention, memo)
+        del normed
         h, graph.output = graph.output, None
         if h is None:
             raise AssertionError("a new graph holds its output")
         h += x
+        del x
         with recorder.scope("mlp"):
             mlp_grads = mlp_backward_into(dh, h, mlp, block.eps, settings.tiles.mlp)
             recorder.mark("weight_gradient", *mlp_grads)
-        del h, normed
+        del h
         dnormed, attention_grads = graph.backward(dh)
         del graph
-        if settings.waiting:
-            settings.inputs.prefetch(settings.waiting[-1])  # type: ignore[union-attr]  # waiting means a pool
+        x = _take_input(kept, settings)
         with recorder.scope("norm"):
             norm_grad = norm_backward_into(dh, dnormed, x, norm, block.eps, settings.tiles.norm)
         return (dh, None, norm_grad, *attention_grads, *mlp_grads)
 
 
-def _take_input(node: Any, settings: BlockSettings) -> Tensor:  # noqa: ANN401 - autograd's context
-    """Give up the block's kept input, from host memory if it waits there."""
-    kept, node.kept = node.kept, None
-    if settings.inputs is None:
-        return kept  # type: ignore[no-any-return]
+def _read_input(kept: Tensor | Stored, settings: BlockSettings) -> Tensor:
+    """A block's input on the device; in host memory it stays there too."""
+    if isinstance(kept, Tensor):
+        return kept
+    with settings.ctx.recorder.scope("offload"):
+        return settings.ctx.host.read(kept)
+
+
+def _take_input(kept: Tensor | Stored, settings: BlockSettings) -> Tensor:
+    """Give up a block's input, and start to fetch that of the block before it."""
+    if isinstance(kept, Tensor):
+        return kept
     settings.waiting.remove(kept)
     with settings.ctx.recorder.scope("offload"):
-        return settings.inputs.fetch(kept)
+        x = settings.ctx.host.fetch(kept)
+        if settings.waiting:
+            settings.ctx.host.prefetch(settings.waiting[-1])
+    return x

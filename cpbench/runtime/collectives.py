@@ -40,45 +40,91 @@ class Group:
 def all_to_all_heads(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
     """Exchange sequence for heads: `[b, s/n, h, e] -> [b, s, h/n, e]` over the group's n ranks.
 
-    Group rank i receives heads `[i h/n, (i+1) h/n)`; the sequence is concatenated in group order.
+    Group rank i receives heads `[i h/n, (i+1) h/n)`; the sequence is concatenated in group order.  If the caller keeps
+    no reference to `t`, it is freed before the exchange, so at most two tensors of its size exist.
     """
-    n = group.size
-    if n == 1:
+    if group.size == 1:
         return t
+    packed = _packed_by_heads(t, group, recorder)
+    del t
+    return HeadsPending(packed, group, recorder, asynchronous=False).wait()
+
+
+def start_all_to_all_heads(t: Tensor, group: Group, recorder: Recorder) -> HeadsPending:
+    """Start `all_to_all_heads`; compute may go on until `wait` gives the result."""
+    if group.size == 1:
+        return HeadsPending(t, group, recorder, asynchronous=False)
+    packed = _packed_by_heads(t, group, recorder)
+    del t
+    return HeadsPending(packed, group, recorder, asynchronous=True)
+
+
+class HeadsPending:
+    """A started `all_to_all_heads`; it holds two tensors of its size until `wait`."""
+
+    def __init__(self, packed: Tensor, group: Group, recorder: Recorder, *, asynchronous: bool) -> None:
+        self._group = group
+        self._recorder = recorder
+        self._packed: Tensor | None = packed
+        self._received: Tensor | None = None
+        self._work: Any = None
+        if group.size == 1:
+            return
+        with recorder.scope("communication"):
+            self._received = torch.empty_like(packed)
+        self._holders = _holders(packed, self._received)
+        self._work = dist.all_to_all_single(self._received, packed, group=group.handle, async_op=asynchronous)
+
+    def wait(self) -> Tensor:
+        """Block (on CUDA: make the stream wait) until the exchange is complete; return `[b, s, h/n, e]`."""
+        packed, self._packed = self._packed, None
+        received, self._received = self._received, None
+        if packed is None:
+            raise AssertionError("wait is called once")
+        if received is None:  # a group of one
+            return packed
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        _settle(self._recorder, self._holders, packed, received)
+        del packed
+        # With b == 1 this is a view: [n, 1, s/n, ...] is already [1, s, ...] in memory.
+        n, b, local, heads, e = received.shape
+        return received.transpose(0, 1).reshape(b, n * local, heads, e)
+
+
+def _packed_by_heads(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
+    """`[b, s/n, h, e] -> [n, b, s/n, h/n, e]`, contiguous."""
+    n = group.size
     b, local, heads, e = t.shape
     with recorder.scope("communication"):
-        packed = t.view(b, local, n, heads // n, e).permute(2, 0, 1, 3, 4).contiguous()  # [n, b, s/n, h/n, e]
-    received = torch.empty_like(packed)
-    _exchange(received, packed, group, recorder)
-    del packed
-    # With b == 1 this is a view: [n, 1, s/n, ...] is already [1, s, ...] in memory.
-    return received.transpose(0, 1).reshape(b, n * local, heads // n, e)
+        return t.view(b, local, n, heads // n, e).permute(2, 0, 1, 3, 4).contiguous()
 
 
 def all_to_all_sequence(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
-    """Undo `all_to_all_heads`: `[b, s, h/n, e] -> [b, s/n, h, e]`."""
+    """Undo `all_to_all_heads`: `[b, s, h/n, e] -> [b, s/n, h, e]`; `t` is freed as there."""
     n = group.size
     if n == 1:
         return t
     b, s, heads, e = t.shape
     with recorder.scope("communication"):
-        packed = (
-            t.view(b, n, s // n, heads, e).transpose(0, 1).contiguous()
-        )  # [n, b, s/n, h/n, e]; a view if b == 1
+        # [n, b, s/n, h/n, e]; a view if b == 1
+        packed = t.view(b, n, s // n, heads, e).transpose(0, 1).contiguous()
+        del t
         received = torch.empty_like(packed)
-    _exchange(received, packed, group, recorder)
+    holders = _holders(packed, received)
+    dist.all_to_all_single(received, packed, group=group.handle)
+    _settle(recorder, holders, packed, received)
     del packed
     return received.permute(1, 2, 0, 3, 4).reshape(b, s // n, n * heads, e)
 
 
-def _exchange(received: Tensor, packed: Tensor, group: Group, recorder: Recorder) -> None:
-    """All-to-all, after which no one but the caller holds the two buffers.
+def _settle(recorder: Recorder, holders: int, packed: Tensor, received: Tensor) -> None:
+    """Return when no one but the caller holds the two buffers of an exchange.
 
     gloo's worker thread lets go of them a moment after the call returns.  Were it the last to hold one, the memory
     would be freed on a thread that the CPU memory trace cannot see, so a traced step waits for it.
     """
-    holders = _holders(packed, received)
-    dist.all_to_all_single(received, packed, group=group.handle)
     if recorder.active and received.device.type == "cpu":
         deadline = time.monotonic() + 10
         while _holders(packed, received) > holders and time.monotonic() < deadline:

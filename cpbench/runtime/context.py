@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from cpbench.case import Case
 from cpbench.method import AttentionWeights
 from cpbench.runtime.collectives import Group
+from cpbench.runtime.host_pool import HostPool
 from cpbench.runtime.kernels import Kernels
+from cpbench.runtime.memo import Memo
 from cpbench.runtime.projection import HeadNorm
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
@@ -26,6 +28,10 @@ class AttentionContext:
     rope: Rope
     """The rotation of this rank's local tokens."""
     recorder: Recorder
+    host: HostPool
+    """Where a method may put what must leave the device."""
+    memo: Memo | None = None
+    """In a checkpointed block, what its first forward may leave for its recomputation; else None."""
 
     @property
     def scale(self) -> float:

@@ -2,6 +2,11 @@
 
 A slab is registered with the driver once and handed out again to tensors of the same size, because registering is
 slow and because torch's own pinned allocator rounds up to powers of two.  `peak_bytes` is the third memory budget.
+
+Ordering on CUDA.  A copy out waits for all compute queued before it, and its source lives until compute has been made
+to wait for the copy (at the next call of the pool).  A copy in waits for compute too, because its buffer may be memory
+that earlier compute still reads; `read` and `fetch` make compute wait for the copy.  So a slab given up by `drop` is
+overwritten only after everything read from it has arrived.
 """
 
 from __future__ import annotations
@@ -37,10 +42,22 @@ class Stored:
 class HostPool:
     """Stores tensors in host memory on the copy-out stream and brings them back on the copy-in stream."""
 
-    def __init__(self, device: torch.device, streams: Streams, recorder: Recorder) -> None:
+    def __init__(
+        self, device: torch.device, streams: Streams, recorder: Recorder, *, asynchronous: bool | None = None
+    ) -> None:
+        """Make an empty pool.
+
+        Args:
+            device: where tensors come from.
+            streams: of the step.
+            recorder: told which storages are host memory.
+            asynchronous: sources outlive the call that stores them, as on CUDA (the default there); an estimate for
+                CUDA asks for it although its fake tensors are on no device.
+        """
         self._device = device
         self._streams = streams
         self._recorder = recorder
+        self._asynchronous = device.type == "cuda" if asynchronous is None else asynchronous
         self._free: dict[int, list[Tensor]] = {}
         self._leaving: list[Stored] = []
         self.bytes = 0
@@ -52,37 +69,47 @@ class HostPool:
         return self.bytes
 
     def store(self, t: Tensor) -> Stored:
-        """Start copying a contiguous tensor out; it may be dropped by the caller at once."""
+        """Start copying a tensor out; it may be dropped by the caller at once, but not overwritten."""
         self._release_copied()
         slab = self._take(t.numel() * t.element_size())
         stored = Stored(slab=slab, shape=t.shape, dtype=t.dtype, copied=None, source=t)
         with self._streams.after_compute("copy_out"):
             stored.view().copy_(t, non_blocking=True)
         stored.copied = self._streams.event("copy_out")
-        if stored.copied is None:
-            stored.source = None
-        else:
+        if self._asynchronous:
             self._leaving.append(stored)
+        else:
+            stored.source = None
         return stored
 
     def prefetch(self, stored: Stored) -> None:
         """Start copying back to the device."""
         if stored.fetched is not None:
             return
+        self._release_copied()
         stored.fetched = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
         with self._streams.after_compute("copy_in"):
             stored.fetched.copy_(stored.view(), non_blocking=True)
         stored.arrived = self._streams.event("copy_in")
 
-    def fetch(self, stored: Stored) -> Tensor:
-        """Return the tensor on the device and give its slab back for reuse."""
+    def read(self, stored: Stored) -> Tensor:
+        """Return the tensor on the device; it stays in host memory too."""
         self.prefetch(stored)
         self._streams.wait(stored.arrived)
         tensor, stored.fetched = stored.fetched, None
         if tensor is None:
             raise AssertionError("prefetch has just set it")
-        self._free.setdefault(stored.slab.numel(), []).append(stored.slab)
         return tensor
+
+    def fetch(self, stored: Stored) -> Tensor:
+        """Return the tensor on the device and give its slab back for reuse."""
+        tensor = self.read(stored)
+        self.drop(stored)
+        return tensor
+
+    def drop(self, stored: Stored) -> None:
+        """Give the slab back for reuse; the stored tensor is lost."""
+        self._free.setdefault(stored.slab.numel(), []).append(stored.slab)
 
     def _take(self, size: int) -> Tensor:
         free = self._free.get(size)

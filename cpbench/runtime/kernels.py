@@ -194,25 +194,32 @@ def scratch_bytes(op: object, args: Sequence[object]) -> int:
     backward = op is torch.ops.cpbench.attention_backward.default
     q, k = args[1:3] if backward else args[:2]
     backend = args[8] if backward else args[5]
-    if not (isinstance(q, Tensor) and isinstance(k, Tensor)):
-        raise TypeError("q and k of an attention op are tensors")
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(backend, str)):
+        raise TypeError("an attention op takes tensors q and k, and the name of a backend")
+    return scratch_of(backend, q.shape, k.shape, q.element_size(), backward=backward)
+
+
+def scratch_of(
+    backend: str, queries: Sequence[int], keys: Sequence[int], element: int, *, backward: bool
+) -> int:
+    """Return `scratch_bytes` of a shape: queries `[b, s, h, e]`, keys `[b, t, k, e]`, bytes of an element."""
     if backend == "cpu-flash":
-        return _cpu_scratch(q, k, backward=backward)
-    return _flash_scratch(q, k) if backward else 0
+        return _cpu_scratch(queries, keys, element, backward=backward)
+    return _flash_scratch(queries, keys, element) if backward else 0
 
 
-def _flash_scratch(q: Tensor, k: Tensor) -> int:
-    b, s, h, e = q.shape
+def _flash_scratch(queries: Sequence[int], keys: Sequence[int], element: int) -> int:
+    b, s, h, e = queries
     rows, width = -(-s // 128) * 128, -(-e // 32) * 32
-    expanded = 2 * b * k.shape[1] * h * e * q.element_size() if k.shape[2] != h else 0
+    expanded = 2 * b * keys[1] * h * e * element if keys[2] != h else 0
     return 4 * b * h * rows * (width + 1) + expanded
 
 
-def _cpu_scratch(q: Tensor, k: Tensor, *, backward: bool) -> int:
-    s, threads = q.shape[1], torch.get_num_threads()
+def _cpu_scratch(queries: Sequence[int], keys: Sequence[int], element: int, *, backward: bool) -> int:
+    s, threads = queries[1], torch.get_num_threads()
     rows = min(s, 256 if s >= 768 else 64 if s >= 192 else 32)
-    scores = rows * min(k.shape[1], 512)
-    reduced = 2 * scores if q.element_size() < 4 else 0  # a copy of the scores in the inputs' dtype
+    scores = rows * min(keys[1], 512)
+    reduced = 2 * scores if element < 4 else 0  # a copy of the scores in the inputs' dtype
     if backward:
         return 4 * rows + threads * 2 * (4 * scores + reduced)
-    return threads * (4 * (scores + 2 * rows + rows * q.shape[3]) + reduced)
+    return threads * (4 * (scores + 2 * rows + rows * queries[3]) + reduced)
