@@ -1,8 +1,26 @@
 """UPipe (Untied Ulysses, 2026): project, exchange and attend for a few heads at a time, so buffers are stage-sized.
 
-Source: arXiv 2602.21196; the schedule below is the general form of its GQA schedule.
+Source: arXiv 2602.21196; the schedule below is the general form of its GQA schedule, and goes beyond it:
+
+    no full width           a stage's output goes to host memory, and y is made of all of them token tile by token
+                            tile; in backward a stage's output gradient comes straight from dy, and its dq, dk, dv
+                            go to host memory until dx is made of all of them in the same way.  So neither the
+                            attention output nor its gradient nor dx is on the device beside a stage, and y and dx
+                            are rounded once, however many stages there are
+    one at a time           v, k and q are projected and sent one after another, each source freed when packed
+
+`published=True` runs the published scheme instead, for comparison.
+
 Communication: as Ulysses with un-replicated K/V: forward q, k, v, out; backward q, k, v again, out, dout, dq, dk, dv.
-Memory: the attention output and its gradient at full width (M each), everything else for one stage (m = M U/H).
+Memory: everything for one stage (m = M U/H); nothing of full attention width M (published: the output and its
+    gradient).  `keep_output` says where the parts of full-width activations wait, for one layer at a time, per rank:
+        host        M (1 + 2/g) + L bytes of host memory; a layer moves 3.5 M out and 4.5 M in for g = 4, under 2 % of
+                    the attention time from 1M tokens on at 50 GB/s, beside compute; default where the stack offloads
+        device      as many bytes of device memory; default where the stack does not offload
+        recompute   the output is not kept at all: the attention forward runs a third time, 5.5 units of attention
+                    work for 4.5; parts wait on the device
+Accumulation: y and dx in float32 inside one GEMM over all stages; dk, dv over the stages of a group in the compute
+    dtype; each row of a weight gradient comes from one GEMM.
 Limits: the degree C divides num_heads; stage_heads U is a multiple of C that divides num_heads; s divisible by the
     ranks (by 2 R C for a ring degree R above 1).
 
@@ -25,12 +43,20 @@ from cpbench.case import Case
 from cpbench.errors import Unsupported, UsageError
 from cpbench.method import AttentionWeights, Costs, Layout, hybrid_segments
 from cpbench.model_config import ModelConfig
-from cpbench.runtime.collectives import all_to_all_heads, all_to_all_sequence
+from cpbench.runtime.collectives import (
+    HeadsPending,
+    all_to_all_heads,
+    all_to_all_sequence,
+    start_all_to_all_heads,
+)
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.costs import HeadBytes, sent
 from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replicas
-from cpbench.runtime.projection import HeadNorm, project, project_backward
+from cpbench.runtime.parts import Parts, Place
+from cpbench.runtime.projection import HeadNorm, head_gradient, project
 from cpbench.runtime.ring_attention import RingAttention
+
+KEEP = ("auto", "host", "device", "recompute")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,15 +67,29 @@ class UPipe:
     """Query heads of a stage over the whole Ulysses group, U; 0 takes the degree C, the leanest."""
     ring_degree: int = 1
     """Ring ranks R; the Ulysses degree is world_size / R."""
+    keep_output: str = "auto"
+    """Where stage outputs and gradients wait: host, device, recompute (outputs), auto (host if the stack offloads)."""
+    overlap: bool = False
+    """The next stage's projections and all-to-all run beside a stage's attention, for 2 more stage-sized buffers (6
+    where the next stage begins a KV group)."""
+    published: bool = False
+    """The published scheme: full-width attention output and output gradient; q, k, v sent together."""
 
     def __post_init__(self) -> None:
-        """Refuse negative sizes."""
+        """Refuse negative sizes, unknown names and options that the published scheme does not have."""
         if self.stage_heads < 0:
             raise UsageError(
                 f"upipe.stage_heads={self.stage_heads} is negative; use 0 for the Ulysses degree"
             )
         if self.ring_degree < 1:
             raise UsageError(f"upipe.ring_degree={self.ring_degree} must be at least 1")
+        if self.keep_output not in KEEP:
+            raise UsageError(f"upipe.keep_output={self.keep_output!r} is not one of {', '.join(KEEP)}")
+        if self.published and (self.overlap or self.keep_output != "auto"):
+            raise UsageError(
+                "upipe.published=true has no overlap and keeps its output on the device; "
+                "leave overlap and keep_output at their defaults"
+            )
 
     def check(self, case: Case) -> None:
         """Refuse degrees, heads, stages and lengths that do not divide."""
@@ -89,8 +129,17 @@ class UPipe:
         """Attention stage by stage; see `cpbench.method.Method.attention`."""
         stages = Stages.of(ctx.case.architecture, ctx.ulysses.size, self.stage_heads or ctx.ulysses.size)
         w = weights
-        out: Tensor = _Stages.apply(x, w.wq, w.wk, w.wv, w.q_norm, w.k_norm, ctx, stages)
-        return torch.matmul(out.flatten(2), w.wo.t())
+        if self.published:
+            out: Tensor = _Published.apply(x, w.wq, w.wk, w.wv, w.q_norm, w.k_norm, ctx, stages)
+            return torch.matmul(out.flatten(2), w.wo.t())
+        plan = _Plan(stages, self._keep(ctx.case), self.overlap)
+        return _Fused.apply(x, w.wq, w.wk, w.wv, w.wo, w.q_norm, w.k_norm, ctx, plan)  # type: ignore[no-any-return]
+
+    def _keep(self, case: Case) -> str:
+        """Return where stage outputs wait."""
+        if self.keep_output != "auto":
+            return self.keep_output
+        return "host" if case.stack.offload == "inputs" else "device"
 
     def costs(self, case: Case) -> Costs:
         """Closed forms; M, K' the bytes of all query heads and of all KV copies of the local n = s/W tokens.
@@ -118,6 +167,20 @@ class UPipe:
 
 
 METHOD = UPipe
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One pass of projection, exchange and attention."""
+
+    group: slice
+    """KV copies."""
+    turn: slice
+    """Which of each copy's query heads."""
+    first: bool
+    """Of its group: K/V are new."""
+    last: bool
+    """Of its group: K/V are done with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +226,15 @@ class Stages:
         for start in range(0, self.ratio, self.per_stage):
             yield slice(start, start + self.per_stage)
 
+    def schedule(self) -> list[Stage]:
+        """Return the stages in order."""
+        turns = list(self.turns())
+        return [
+            Stage(group, turn, first=turn == turns[0], last=turn == turns[-1])
+            for group in self.groups()
+            for turn in turns
+        ]
+
     def by_copy(self, t: Tensor, *, dim: int) -> Tensor:
         """View a dimension of query heads as [KV copy, query head of the copy]."""
         view: Tensor = t.unflatten(dim, (self.num_kv_heads, self.ratio))
@@ -173,8 +245,214 @@ class Stages:
         return slice(group.start // self.copies, group.stop // self.copies)
 
 
-class _Stages(torch.autograd.Function):
-    """Normalised hidden states to the attention output of all heads in true order, `[b, n, h, e]`."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    stages: Stages
+    keep: str
+    """host, device or recompute."""
+    overlap: bool
+
+
+class _Fused(torch.autograd.Function):
+    """Normalised hidden states to the attention block's output, `[b, n, d]`."""
+
+    @staticmethod
+    def forward(
+        node: Any,  # noqa: ANN401 - autograd's context has no public type
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        wo: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        ctx: AttentionContext,
+        plan: _Plan,
+    ) -> Tensor:
+        block = _StageBlock(x, AttentionWeights(wq, wk, wv, wo, q_norm, k_norm), ctx, plan.stages)
+        schedule = plan.stages.schedule()
+        inputs = _Inputs(block, schedule, overlap=plan.overlap)
+        kept = _StageOutputs(ctx, plan.keep)
+        if not kept.remembered:
+            for index in range(len(schedule)):
+                handed = _attend(block, inputs, index)
+                kept.put(all_to_all_sequence(handed.pop(), ctx.ulysses, ctx.recorder), handed.pop())
+        y = torch.empty_like(x)
+        kept.outputs.project(block.output_weight(schedule), y)
+        kept.forward_done()
+        node.save_for_backward(x, wq, wk, wv, wo, q_norm, k_norm)
+        node.kept, node.ctx, node.plan = kept, ctx, plan
+        return y
+
+    @staticmethod
+    def backward(node: Any, *grads: Tensor) -> Any:  # noqa: ANN401 - autograd's context has no public type
+        (dy,) = grads
+        x, *tensors = node.saved_tensors
+        ctx: AttentionContext = node.ctx
+        plan: _Plan = node.plan
+        kept: _StageOutputs = node.kept
+        node.kept = None
+        block = _StageBlock(x, AttentionWeights(*tensors), ctx, plan.stages)
+        schedule = plan.stages.schedule()
+        inputs = _Inputs(block, schedule, overlap=plan.overlap)
+        sums = block.gradients()
+        dwo = torch.empty_like(block.weights.wo)
+        ctx.recorder.mark("weight_gradient", dwo)
+        parts = Parts(ctx.host, "host" if plan.keep == "host" else "device")
+        dk: Tensor | None = None
+        dv: Tensor | None = None
+        for index, stage in enumerate(schedule):
+            kept.prefetch(index)  # arrives beside the projections below
+            k, v = inputs.keys_values(index)
+            q = inputs.queries(index)
+            dout = all_to_all_heads(block.output_gradient(dy, stage), ctx.ulysses, ctx.recorder)
+            if kept.recomputes:
+                out, lse = block.ring.forward(q, k, v)
+                block.take_output(dwo, dy, all_to_all_sequence(out, ctx.ulysses, ctx.recorder), stage)
+            else:
+                *local, lse = kept.take(index)
+                block.take_output(dwo, dy, local[0], stage)
+                out = all_to_all_heads(local.pop(), ctx.ulysses, ctx.recorder)
+            inputs.start(index + 1)
+            dq, stage_dk, stage_dv = block.ring.backward(dout, q, k, v, out, lse)
+            del q, k, v, out, dout, lse
+            dk = stage_dk if dk is None else dk.add_(stage_dk)
+            dv = stage_dv if dv is None else dv.add_(stage_dv)
+            del stage_dk, stage_dv
+            inputs.release(index)
+            parts.put(block.take_queries(sums, dq, stage))
+            del dq
+            if stage.last:
+                # Handed over in a list, so that no local of ours holds them while they are sent.
+                handed = [dv, dk]
+                dk = dv = None
+                parts.put(block.take_keys(sums, handed.pop(), stage))
+                parts.put(block.take_values(sums, handed.pop(), stage))
+        dx = torch.empty_like(x)
+        ctx.recorder.mark("attention_input_gradient", dx)
+        parts.project(block.input_weight(schedule), dx)
+        parts.drop()
+        s = sums
+        return dx, s.dwq, s.dwk, s.dwv, dwo, s.dq_norm, s.dk_norm, None, None
+
+
+def _attend(block: _StageBlock, inputs: _Inputs, index: int) -> list[Tensor]:
+    """Log-sum-exp and output in head layout of a stage; q is freed on return, K/V after the group's last stage.
+
+    In a list, so that the caller can pass each on without holding it.
+    """
+    k, v = inputs.keys_values(index)
+    q = inputs.queries(index)
+    inputs.start(index + 1)
+    out, lse = block.ring.forward(q, k, v)
+    inputs.release(index)
+    return [lse, out]
+
+
+class _Inputs:
+    """q, k and v of each stage in head layout, made when asked for, or started one stage ahead."""
+
+    def __init__(self, block: _StageBlock, schedule: list[Stage], *, overlap: bool) -> None:
+        self._block = block
+        self._schedule = schedule
+        self._overlap = overlap
+        self._started_q: dict[int, HeadsPending] = {}
+        self._started_kv: dict[int, tuple[HeadsPending, HeadsPending]] = {}
+        self._kv: tuple[Tensor, Tensor] | None = None
+
+    def keys_values(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return k and v of a stage's group; they live until `release` of the group's last stage."""
+        stage = self._schedule[index]
+        if stage.first:
+            started = self._started_kv.pop(index, None)
+            if started is None:
+                v = self._block.start_values(stage.group).wait()
+                self._kv = self._block.start_keys(stage.group).wait(), v
+            else:
+                self._kv = started[0].wait(), started[1].wait()
+        if self._kv is None:
+            raise AssertionError("a group begins with its first stage")
+        return self._kv
+
+    def queries(self, index: int) -> Tensor:
+        """Return q of a stage; the caller owns it."""
+        started = self._started_q.pop(index, None)
+        return (started or self._start_queries(index)).wait()
+
+    def start(self, index: int) -> None:
+        """Start the projections and exchanges of a stage, if they overlap and there is such a stage."""
+        if not self._overlap or index == len(self._schedule):
+            return
+        stage = self._schedule[index]
+        if stage.first:
+            v = self._block.start_values(stage.group)
+            self._started_kv[index] = self._block.start_keys(stage.group), v
+        self._started_q[index] = self._start_queries(index)
+
+    def release(self, index: int) -> None:
+        """Drop k and v after the last stage of a group."""
+        if self._schedule[index].last:
+            self._kv = None
+
+    def _start_queries(self, index: int) -> HeadsPending:
+        return self._block.start_queries(self._schedule[index])
+
+
+class _StageOutputs:
+    """Outputs `[b, n, U, e]` and log-sum-exps of the stages, between forward and backward.
+
+    Of the first forward of a checkpointed block they survive only if the stack saves attention, in the block's memo.
+    """
+
+    def __init__(self, ctx: AttentionContext, keep: str) -> None:
+        memo = ctx.memo
+        self.recomputes = keep == "recompute"
+        """Whether backward must compute them again."""
+        self.remembered = memo is not None and memo.recomputing and "out0" in memo
+        """Whether the first forward left them."""
+        self._memo = memo if memo is not None and memo.save_attention and not memo.recomputing else None
+        self._passing = memo is not None and not memo.recomputing
+        if memo is not None and self.remembered:
+            self.recomputes = False
+            count = len(memo.kept) // 2
+            self.outputs = Parts.stored(ctx.host, [memo.kept.pop(f"out{i}") for i in range(count)])
+            self._lse = Parts.stored(ctx.host, [memo.kept.pop(f"lse{i}") for i in range(count)])
+            return
+        place: Place = "host" if keep == "host" or self._memo is not None else "device"
+        self.outputs = Parts(ctx.host, place)
+        self._lse = Parts(ctx.host, place)
+
+    def put(self, out: Tensor, lse: Tensor) -> None:
+        """Keep those of the next stage."""
+        self.outputs.put(out)
+        del out
+        if not self.recomputes and (self._memo is not None or not self._passing):
+            self._lse.put(lse)
+
+    def forward_done(self) -> None:
+        """Drop what backward will not need, or leave to the memo what the recomputation may skip."""
+        if self._memo is not None:
+            for name, parts in (("out", self.outputs), ("lse", self._lse)):
+                self._memo.kept |= {f"{name}{i}": stored for i, stored in enumerate(parts.give())}
+        elif self._passing or self.recomputes:
+            self.outputs.drop()
+
+    def prefetch(self, index: int) -> None:
+        """Start to bring those of a stage back from the host."""
+        if not self.recomputes:
+            self.outputs.prefetch(index)
+            self._lse.prefetch(index)
+
+    def take(self, index: int) -> tuple[Tensor, Tensor]:
+        """Give up the output and log-sum-exp of a stage."""
+        return self.outputs.take(index), self._lse.take(index)
+
+
+class _Published(torch.autograd.Function):
+    """Normalised hidden states to the attention output of all heads in true order, `[b, n, h, e]`.
+
+    The published scheme: output and output gradient at full width, a stage's q, k and v projected before any is sent.
+    """
 
     @staticmethod
     def forward(
@@ -191,18 +469,21 @@ class _Stages(torch.autograd.Function):
         block = _StageBlock(x, AttentionWeights(wq, wk, wv, wq, q_norm, k_norm), ctx, stages)
         a = ctx.case.architecture
         out = x.new_empty((*x.shape[:2], a.num_heads, a.head_dim))
+        ctx.recorder.mark("attention_full_width", out)
         by_copy = stages.by_copy(out, dim=2)
         row_sums: list[Tensor] = []
-        for group in stages.groups():
-            k, v = block.keys_values(group)
-            for turn in stages.turns():
-                stage_out, lse = block.ring.forward(block.queries(group, turn), k, v)
-                row_sums.append(lse)
-                local = all_to_all_sequence(stage_out, ctx.ulysses, ctx.recorder)
-                del stage_out
-                by_copy[:, :, group, turn] = local.unflatten(2, (stages.group, stages.per_stage))
-                del local
-            del k, v
+        kv: tuple[Tensor, Tensor] | None = None
+        for stage in stages.schedule():
+            q, k, v = block.together(stage, kv)
+            kv = None if stage.last else (k, v)
+            stage_out, lse = block.ring.forward(q, k, v)
+            del q, k, v
+            row_sums.append(lse)
+            handed = [stage_out]
+            del stage_out
+            local = all_to_all_sequence(handed.pop(), ctx.ulysses, ctx.recorder)
+            by_copy[:, :, stage.group, stage.turn] = local.unflatten(2, (stages.group, stages.per_stage))
+            del local
         node.save_for_backward(x, wq, wk, wv, q_norm, k_norm, out)
         node.row_sums, node.ctx, node.stages = row_sums, ctx, stages
         return out
@@ -213,41 +494,52 @@ class _Stages(torch.autograd.Function):
         stages: Stages = node.stages
         block = _StageBlock(x, AttentionWeights(wq, wk, wv, wq, q_norm, k_norm), node.ctx, stages)
         sums = block.gradients()
+        node.ctx.recorder.mark("attention_full_width", grads[0])
+        dx = torch.zeros_like(x)
+        node.ctx.recorder.mark("attention_input_gradient", dx)
+        flat_dx = dx.flatten(0, 1)
         by_copy, dout_by_copy = stages.by_copy(out, dim=2), stages.by_copy(grads[0], dim=2)
         row_sums = iter(node.row_sums)
-        for group in stages.groups():
-            k, v = block.keys_values(group)
-            dk: Tensor | None = None
-            dv: Tensor | None = None
-            for turn in stages.turns():
-                q = block.queries(group, turn)
-                stage_out = block.to_heads(by_copy[:, :, group, turn].flatten(2, 3))
-                stage_dout = block.to_heads(dout_by_copy[:, :, group, turn].flatten(2, 3))
-                dq, stage_dk, stage_dv = block.ring.backward(stage_dout, q, k, v, stage_out, next(row_sums))
-                del q, stage_out, stage_dout
-                dk = stage_dk if dk is None else dk.add_(stage_dk)
-                dv = stage_dv if dv is None else dv.add_(stage_dv)
-                del stage_dk, stage_dv
-                block.take_queries(sums, dq, group, turn)
-                del dq
-            del k, v
-            if dk is not None and dv is not None:  # every group has at least one stage
-                block.take_keys_values(sums, dk, dv, group)
-        return sums.dx, sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm, None, None
+        kv: tuple[Tensor, Tensor] | None = None
+        dk: Tensor | None = None
+        dv: Tensor | None = None
+        for stage in stages.schedule():
+            q, k, v = block.together(stage, kv)
+            kv = None if stage.last else (k, v)
+            stage_out, stage_dout = (
+                all_to_all_heads(
+                    full[:, :, stage.group, stage.turn].flatten(2, 3), block.ctx.ulysses, block.ctx.recorder
+                )
+                for full in (by_copy, dout_by_copy)
+            )
+            dq, stage_dk, stage_dv = block.ring.backward(stage_dout, q, k, v, stage_out, next(row_sums))
+            del q, k, v, stage_out, stage_dout
+            dk = stage_dk if dk is None else dk.add_(stage_dk)
+            dv = stage_dv if dv is None else dv.add_(stage_dv)
+            del stage_dk, stage_dv
+            flat_dx.addmm_(block.take_queries(sums, dq, stage), block.stage_rows(stage))
+            del dq
+            if stage.last:
+                handed = [dv, dk]
+                dk = dv = None
+                flat_dx.addmm_(
+                    block.take_keys(sums, handed.pop(), stage), block.kv_rows(block.weights.wk, stage.group)
+                )
+                flat_dx.addmm_(
+                    block.take_values(sums, handed.pop(), stage), block.kv_rows(block.weights.wv, stage.group)
+                )
+        return dx, sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm, None, None
 
 
 @dataclass(slots=True)
 class _Gradients:
-    """Sums over the stages."""
+    """Weight gradients, filled in stage by stage."""
 
-    dx: Tensor
     dwq: Tensor
     dwk: Tensor
     dwv: Tensor
     dq_norm: Tensor | None
     dk_norm: Tensor | None
-    empty: bool = True
-    """Whether dx holds nothing yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,78 +555,130 @@ class _StageBlock:
     def ring(self) -> RingAttention:
         return RingAttention(self.ctx.kernels, self.ctx.ring, self.ctx.scale, zigzag=True)
 
-    def to_heads(self, t: Tensor) -> Tensor:
-        return all_to_all_heads(t, self.ctx.ulysses, self.ctx.recorder)
+    def start_values(self, group: slice) -> HeadsPending:
+        """V of a group on its way into head layout, `[b, s/R, G/C, e]`."""
+        return start_all_to_all_heads(self._values(group), self.ctx.ulysses, self.ctx.recorder)
 
-    def keys_values(self, group: slice) -> tuple[Tensor, Tensor]:
-        """K/V of a group in head layout, `[b, s/R, G/C, e]`."""
-        copies, e = self.stages.copies, self.ctx.case.architecture.head_dim
-        wk, wv = self._kv_rows(self.weights.wk, group), self._kv_rows(self.weights.wv, group)
-        v = self.to_heads(replicate_heads(project(self.x, wv, e), copies))
-        k = self.to_heads(
-            replicate_heads(project(self.x, wk, e, norm=self._norms()[1], rope=self.ctx.rope), copies)
-        )
-        return k, v
+    def start_keys(self, group: slice) -> HeadsPending:
+        """K of a group on its way into head layout, `[b, s/R, G/C, e]`."""
+        return start_all_to_all_heads(self._keys(group), self.ctx.ulysses, self.ctx.recorder)
 
-    def queries(self, group: slice, turn: slice) -> Tensor:
-        """Queries of a stage in head layout, `[b, s/R, U/C, e]`."""
-        e = self.ctx.case.architecture.head_dim
-        weight = self._q_rows(self.weights.wq)[group, turn].reshape(-1, self.x.shape[-1])
-        return self.to_heads(project(self.x, weight, e, norm=self._norms()[0], rope=self.ctx.rope))
+    def start_queries(self, stage: Stage) -> HeadsPending:
+        """Queries of a stage on their way into head layout, `[b, s/R, U/C, e]`."""
+        return start_all_to_all_heads(self._queries(stage), self.ctx.ulysses, self.ctx.recorder)
+
+    def together(self, stage: Stage, kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v of a stage in head layout, all projected before the first is sent; K/V only if not given."""
+        sources = [self._queries(stage)]
+        if kv is None:
+            sources += [self._keys(stage.group), self._values(stage.group)]
+        # The sources are held until the last is sent, as published.
+        sent = [all_to_all_heads(t, self.ctx.ulysses, self.ctx.recorder) for t in sources]
+        if kv is None:
+            kv = sent[1], sent[2]
+        return sent[0], *kv
+
+    def output_weight(self, schedule: list[Stage]) -> Tensor:
+        """The output projection with its input columns in the order of the stages, `[h*e, d]`, a copy."""
+        return torch.cat([self._o_columns(stage) for stage in schedule], dim=1).t()
+
+    def input_weight(self, schedule: list[Stage]) -> Tensor:
+        """Rows of wq, wk and wv in the order in which the backward makes dq, dk and dv, a copy."""
+        rows: list[Tensor] = []
+        for stage in schedule:
+            rows.append(self.stage_rows(stage))
+            if stage.last:
+                rows += [self.kv_rows(w, stage.group) for w in (self.weights.wk, self.weights.wv)]
+        return torch.cat(rows)
+
+    def output_gradient(self, dy: Tensor, stage: Stage) -> Tensor:
+        """Gradient of a stage's output, `[b, n, U, e]`."""
+        dout = dy @ self._o_columns(stage)
+        return dout.view(*dout.shape[:-1], -1, self.ctx.case.architecture.head_dim)
+
+    def take_output(self, dwo: Tensor, dy: Tensor, local: Tensor, stage: Stage) -> None:
+        """Write a stage's columns of the output projection's gradient."""
+        dw = dy.flatten(0, 1).t() @ local.flatten(2).flatten(0, 1)
+        group, turn = self.stages.group, self.stages.per_stage
+        self._by_heads(dwo)[:, stage.group, stage.turn] = dw.view(dw.shape[0], group, turn, -1)
 
     def gradients(self) -> _Gradients:
-        """Buffers for the sums over the stages."""
+        """Buffers for the weight gradients."""
         w = self.weights
         sums = _Gradients(
-            torch.empty_like(self.x),
             torch.empty_like(w.wq),
             torch.empty_like(w.wk),
             torch.empty_like(w.wv),
             None if w.q_norm is None else torch.zeros_like(w.q_norm, dtype=torch.float32),
             None if w.k_norm is None else torch.zeros_like(w.k_norm, dtype=torch.float32),
         )
-        self.ctx.recorder.mark("attention_input_gradient", sums.dx)
         self.ctx.recorder.mark("weight_gradient", sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm)
         return sums
 
-    def take_queries(self, sums: _Gradients, dq: Tensor, group: slice, turn: slice) -> None:
-        """Add a stage's dq to the gradients."""
-        weight = self._q_rows(self.weights.wq)[group, turn].reshape(-1, self.x.shape[-1])
-        dw, dnorm = self._back(sums, dq, weight, self._norms()[0], 1, rotated=True)
-        self._q_rows(sums.dwq)[group, turn] = dw.view(
+    def take_queries(self, sums: _Gradients, dq: Tensor, stage: Stage) -> Tensor:
+        """Turn a stage's dq into weight gradients; return what of it goes to dx, `[b*n, U*e]`."""
+        weight = self.stage_rows(stage)
+        grad, dw, dnorm = self._back(dq, weight, self._norms()[0], 1, rotated=True)
+        self._q_rows(sums.dwq)[stage.group, stage.turn] = dw.view(
             self.stages.group, self.stages.per_stage, -1, dw.shape[-1]
         )
         if sums.dq_norm is not None and dnorm is not None:
             sums.dq_norm += dnorm
+        return grad
 
-    def take_keys_values(self, sums: _Gradients, dk: Tensor, dv: Tensor, group: slice) -> None:
-        """Add a group's dk and dv to the gradients."""
-        copies = self.stages.copies
-        dw, dnorm = self._back(
-            sums, dk, self._kv_rows(self.weights.wk, group), self._norms()[1], copies, rotated=True
-        )
-        self._kv_rows(sums.dwk, group).copy_(dw)
+    def take_keys(self, sums: _Gradients, dk: Tensor, stage: Stage) -> Tensor:
+        """The same for dk of a group."""
+        rows, norm = self.kv_rows(self.weights.wk, stage.group), self._norms()[1]
+        grad, dw, dnorm = self._back(dk, rows, norm, self.stages.copies, rotated=True)
+        self.kv_rows(sums.dwk, stage.group).copy_(dw)
         if sums.dk_norm is not None and dnorm is not None:
             sums.dk_norm += dnorm
-        dw, _ = self._back(sums, dv, self._kv_rows(self.weights.wv, group), None, copies, rotated=False)
-        self._kv_rows(sums.dwv, group).copy_(dw)
+        return grad
+
+    def take_values(self, sums: _Gradients, dv: Tensor, stage: Stage) -> Tensor:
+        """The same for dv of a group."""
+        rows = self.kv_rows(self.weights.wv, stage.group)
+        grad, dw, _ = self._back(dv, rows, None, self.stages.copies, rotated=False)
+        self.kv_rows(sums.dwv, stage.group).copy_(dw)
+        return grad
 
     def _back(
-        self,
-        sums: _Gradients,
-        grad: Tensor,
-        weight: Tensor,
-        norm: HeadNorm | None,
-        copies: int,
-        *,
-        rotated: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        local = all_to_all_sequence(grad, self.ctx.ulysses, self.ctx.recorder)
+        self, grad: Tensor, weight: Tensor, norm: HeadNorm | None, copies: int, *, rotated: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(gradient of the projection's output, of its weight, of the norm's weight) from head layout."""
+        handed = [grad]
+        del grad
+        local = all_to_all_sequence(handed.pop(), self.ctx.ulysses, self.ctx.recorder)
         local = sum_replicas(local, copies)
         rope = self.ctx.rope if rotated else None
-        result = project_backward(local, self.x, weight, sums.dx, norm=norm, rope=rope, first=sums.empty)
-        sums.empty = False
-        return result
+        flat, dnorm = head_gradient(local, self.x, weight, norm=norm, rope=rope)
+        return flat, flat.t() @ self.x.flatten(0, 1), dnorm
+
+    def _values(self, group: slice) -> Tensor:
+        e = self.ctx.case.architecture.head_dim
+        return replicate_heads(project(self.x, self.kv_rows(self.weights.wv, group), e), self.stages.copies)
+
+    def _keys(self, group: slice) -> Tensor:
+        e, norm = self.ctx.case.architecture.head_dim, self._norms()[1]
+        k = project(self.x, self.kv_rows(self.weights.wk, group), e, norm=norm, rope=self.ctx.rope)
+        return replicate_heads(k, self.stages.copies)
+
+    def _queries(self, stage: Stage) -> Tensor:
+        e, norm = self.ctx.case.architecture.head_dim, self._norms()[0]
+        return project(self.x, self.stage_rows(stage), e, norm=norm, rope=self.ctx.rope)
+
+    def stage_rows(self, stage: Stage) -> Tensor:
+        """Rows of wq of a stage, `[U*e, d]`, a copy."""
+        return self._q_rows(self.weights.wq)[stage.group, stage.turn].reshape(-1, self.x.shape[-1])
+
+    def _o_columns(self, stage: Stage) -> Tensor:
+        """Columns of wo of a stage, `[d, U*e]`, a copy."""
+        columns: Tensor = self._by_heads(self.weights.wo)[:, stage.group, stage.turn].flatten(1)
+        return columns
+
+    def _by_heads(self, weight: Tensor) -> Tensor:
+        """View `[d, h*e]` as `[d, KV copy, query head of the copy, e]`."""
+        return weight.view(weight.shape[0], self.stages.num_kv_heads, self.stages.ratio, -1)
 
     def _norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
         return self.ctx.head_norms(self.weights)
@@ -343,7 +687,7 @@ class _StageBlock:
         """View `[h*e, d]` as `[KV copy, query head of the copy, e, d]`."""
         return weight.view(self.stages.num_kv_heads, self.stages.ratio, -1, weight.shape[-1])
 
-    def _kv_rows(self, weight: Tensor, group: slice) -> Tensor:
+    def kv_rows(self, weight: Tensor, group: slice) -> Tensor:
         """View the rows `[(G/copies)*e, d]` of a group's KV heads."""
         e, heads = self.ctx.case.architecture.head_dim, self.stages.originals(group)
         return weight[heads.start * e : heads.stop * e]

@@ -47,7 +47,9 @@ def all_to_all_heads(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
         return t
     packed = _packed_by_heads(t, group, recorder)
     del t
-    return HeadsPending(packed, group, recorder, asynchronous=False).wait()
+    pending = HeadsPending(packed, group, recorder, asynchronous=False)
+    del packed
+    return pending.wait()
 
 
 def start_all_to_all_heads(t: Tensor, group: Group, recorder: Recorder) -> HeadsPending:
@@ -116,7 +118,8 @@ def all_to_all_sequence(t: Tensor, group: Group, recorder: Recorder) -> Tensor:
     dist.all_to_all_single(received, packed, group=group.handle)
     _settle(recorder, holders, packed, received)
     del packed
-    return received.permute(1, 2, 0, 3, 4).reshape(b, s // n, n * heads, e)
+    # With one head a rank this would be a strided view, which every later user would have to copy.
+    return received.permute(1, 2, 0, 3, 4).reshape(b, s // n, n * heads, e).contiguous()
 
 
 def _settle(recorder: Recorder, holders: int, packed: Tensor, received: Tensor) -> None:

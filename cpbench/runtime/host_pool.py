@@ -4,9 +4,9 @@ A slab is registered with the driver once and handed out again to tensors of the
 slow and because torch's own pinned allocator rounds up to powers of two.  `peak_bytes` is the third memory budget.
 
 Ordering on CUDA.  A copy out waits for all compute queued before it, and its source lives until compute has been made
-to wait for the copy (at the next call of the pool).  A copy in waits for compute too, because its buffer may be memory
-that earlier compute still reads; `read` and `fetch` make compute wait for the copy.  So a slab given up by `drop` is
-overwritten only after everything read from it has arrived.
+to wait for the copy: at the next `store`, or when something is read back.  A copy in waits for compute too, because its
+buffer may be memory that earlier compute still reads; reading makes compute wait for the copy.  So a slab given up by
+`drop` is overwritten only after everything read from it has arrived.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ class Stored:
     def view(self) -> Tensor:
         """The stored tensor, in host memory."""
         return self.slab.view(self.dtype).view(self.shape)
+
+
+@dataclass(slots=True, eq=False)
+class Loading:
+    """Rows of a stored tensor on their way to the device."""
+
+    tensor: Tensor
+    arrived: torch.cuda.Event | None
 
 
 class HostPool:
@@ -86,14 +94,12 @@ class HostPool:
         """Start copying back to the device."""
         if stored.fetched is not None:
             return
-        self._release_copied()
-        stored.fetched = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
-        with self._streams.after_compute("copy_in"):
-            stored.fetched.copy_(stored.view(), non_blocking=True)
-        stored.arrived = self._streams.event("copy_in")
+        loading = self._load(stored.view())
+        stored.fetched, stored.arrived = loading.tensor, loading.arrived
 
     def read(self, stored: Stored) -> Tensor:
         """Return the tensor on the device; it stays in host memory too."""
+        self._release_copied()
         self.prefetch(stored)
         self._streams.wait(stored.arrived)
         tensor, stored.fetched = stored.fetched, None
@@ -110,6 +116,22 @@ class HostPool:
     def drop(self, stored: Stored) -> None:
         """Give the slab back for reuse; the stored tensor is lost."""
         self._free.setdefault(stored.slab.numel(), []).append(stored.slab)
+
+    def load_rows(self, stored: Stored, rows: slice, total: int) -> Loading:
+        """Start copying some rows of a tensor, seen as `[total, -1]`, to the device; see `arrive`."""
+        return self._load(stored.view().view(total, -1)[rows])
+
+    def arrive(self, loading: Loading) -> Tensor:
+        """Return loaded rows."""
+        self._release_copied()
+        self._streams.wait(loading.arrived)
+        return loading.tensor
+
+    def _load(self, source: Tensor) -> Loading:
+        tensor = torch.empty(source.shape, dtype=source.dtype, device=self._device)
+        with self._streams.after_compute("copy_in"):
+            tensor.copy_(source, non_blocking=True)
+        return Loading(tensor, self._streams.event("copy_in"))
 
     def _take(self, size: int) -> Tensor:
         free = self._free.get(size)

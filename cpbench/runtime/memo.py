@@ -23,23 +23,23 @@ class Memo:
     """The stack asks that the attention output and log-sum-exp be kept."""
     recomputing: bool = False
     """False in the first forward, True in the one inside backward."""
-    _kept: dict[str, Stored] = field(default_factory=dict)
+    kept: dict[str, Stored] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._kept
+        return name in self.kept
 
     def put(self, name: str, t: Tensor) -> None:
         """Keep a tensor; the caller may drop it, but not overwrite it."""
-        self._kept[name] = self.host.store(t)
+        self.kept[name] = self.host.store(t)
 
     def prefetch(self, name: str) -> None:
         """Start to bring a tensor back, for a later `read` or `take`."""
-        self.host.prefetch(self._kept[name])
+        self.host.prefetch(self.kept[name])
 
     def read(self, name: str) -> Tensor:
         """Return a tensor on the device and keep it."""
-        return self.host.read(self._kept[name])
+        return self.host.read(self.kept[name])
 
     def take(self, name: str) -> Tensor:
         """Return a tensor on the device and forget it."""
-        return self.host.fetch(self._kept.pop(name))
+        return self.host.fetch(self.kept.pop(name))

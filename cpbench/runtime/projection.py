@@ -63,6 +63,30 @@ def project_backward(
     Returns:
         (gradient of weight, gradient of norm.weight or None).
     """
+    grad, norm_grad = head_gradient(grad, x, weight, norm=norm, rope=rope)
+    flat_x, flat_dx = x.flatten(0, 1), dx.flatten(0, 1)
+    if first:
+        torch.mm(grad, weight, out=flat_dx)
+    else:
+        flat_dx.addmm_(grad, weight)
+    return grad.t() @ flat_x, norm_grad
+
+
+def head_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, *, norm: HeadNorm | None = None, rope: Rope | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Undo rotation and norm of `project`, but not its GEMM.
+
+    Args:
+        grad: gradient of the heads, `[b, n, h, e]`; overwritten.
+        x: as given to `project`.
+        weight: as given to `project`.
+        norm: as given to `project`.
+        rope: as given to `project`.
+
+    Returns:
+        (gradient of the GEMM's output, `[b*n, h*e]`, in grad's storage; gradient of norm.weight or None).
+    """
     head_dim = grad.shape[-1]
     grad = grad.contiguous()  # an all-to-all of one head a rank gives a transposed view
     if rope is not None:
@@ -72,12 +96,7 @@ def project_backward(
         raw = functional.linear(x, weight).view(-1, head_dim)
         norm_grad = _norm_backward_(grad.view(-1, head_dim), raw, norm)
         del raw
-    flat_grad, flat_x, flat_dx = grad.flatten(2).flatten(0, 1), x.flatten(0, 1), dx.flatten(0, 1)
-    if first:
-        torch.mm(flat_grad, weight, out=flat_dx)
-    else:
-        flat_dx.addmm_(flat_grad, weight)
-    return flat_grad.t() @ flat_x, norm_grad
+    return grad.flatten(2).flatten(0, 1), norm_grad
 
 
 def _norm_backward_(grad: Tensor, raw: Tensor, norm: HeadNorm) -> Tensor:
