@@ -41,6 +41,11 @@ class Stack(BaseModel):
     """Head and cross-entropy run in row tiles; logits never exist in full."""
     optimizer_offload: bool = False
     """fp32 masters' AdamW states live in host memory and are streamed through the device."""
+    save_attention: NonNegativeInt | Literal["auto"] = 0
+    """Blocks that keep their attention output in host memory and do not recompute it; `auto`: as many as the host
+    budget allows.  Needs full checkpointing; method `offload` keeps all of its own accord."""
+    host_budget_bytes: PositiveInt | None = None
+    """Host memory of a node that `save_attention = auto` may fill; spent on resolution, then None."""
 
 
 STACKS: dict[str, Stack] = {

@@ -172,6 +172,10 @@ class Record(_Facts):
     tile_norm: bool
     tile_loss: bool
     optimizer_offload: bool
+    save_attention: int | str = 0
+    """Blocks whose attention output waited in host memory; `auto` where the case could not be resolved."""
+    host_budget_bytes: int | None = None
+    """The budget asked for with `auto`, only where the case could not be resolved."""
     device: str
     hardware: str | None
     steps: int

@@ -17,6 +17,7 @@ from typing import Any
 from cpbench import registry
 from cpbench.case import Case
 from cpbench.errors import CpbenchError, Unsupported
+from cpbench.host_budget import with_saved_attention
 from cpbench.runtime.kernels import select_kernels
 
 
@@ -35,6 +36,7 @@ def resolve(case: Case, plugins: list[Path]) -> tuple[Case, str | None]:
             )
         method.check(resolved)
         select_kernels(resolved)
+        resolved = resolved.model_copy(update={"stack": with_saved_attention(resolved)})
         if case.mode == "emulate":
             raise Unsupported("mode emulate is not available yet; use --mode measure or --mode estimate")
     except Unsupported as error:

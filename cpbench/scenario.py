@@ -43,11 +43,18 @@ from pydantic import ValidationError as PydanticValidationError
 from cpbench.case import AttentionBackend, Case, Device, Dtype, Mode, OptionValue, Stack, stack_by_name
 from cpbench.errors import CpbenchError, ScenarioError, UnknownName, UsageError, nearest
 from cpbench.model_config import ModelConfig, load_model
-from cpbench.units import parse_length
+from cpbench.units import parse_bytes, parse_length
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:  # noqa: ANN401 - raw TOML before validation
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _as_bytes(value: Any) -> Any:  # noqa: ANN401 - raw TOML before validation
+    try:
+        return parse_bytes(value) if isinstance(value, str) else value
+    except UsageError as error:
+        raise ValueError(str(error)) from error
 
 
 def _as_lengths(value: Any) -> Any:  # noqa: ANN401 - raw TOML before validation
@@ -106,6 +113,9 @@ class StackChanges(_Section):
     tile_norm: bool | None = None
     tile_loss: bool | None = None
     optimizer_offload: bool | None = None
+    save_attention: NonNegativeInt | Literal["auto"] | None = None
+    host_budget_bytes: Annotated[PositiveInt | None, BeforeValidator(_as_bytes)] = None
+    """An integer, or a text such as "1.5 TiB"."""
 
 
 class Exclude(_Section):

@@ -155,6 +155,7 @@ class TrainStep:
             checkpoint=stack.checkpoint == "full",
             inputs=self.host_pool if stack.offload == "inputs" else None,
             waiting=[],
+            save_attention=stack.save_attention if isinstance(stack.save_attention, int) else 0,
         )
         with torch.device("meta"):
             model = Decoder(case.architecture, settings)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 # A new file belongs in exactly one of these; a name that ends in `.*` stands for a package and all that is in it.
 NOUNS = """
-    cpbench errors units case scenario record machine hardware method registry model_config verification
+    cpbench errors units case scenario record machine hardware host_budget method registry model_config verification
     progress_file
 """
 ORCHESTRATOR = """
@@ -27,7 +27,7 @@ ORCHESTRATOR = """
     slurm summary supervise sweep verify
 """
 MEASURED = """
-    worker verify_worker resolve probe parity train optimizer world.* model.* memory.* timing.* runtime.*
+    worker verify_worker resolve probe parity block_count train optimizer world.* model.* memory.* timing.* runtime.*
 """
 
 TORCH = frozenset({"torch"})

@@ -76,6 +76,7 @@ def stack_words(stack: Stack) -> str:
     words = [f"checkpointing {stack.checkpoint}", f"offload {stack.offload}"]
     words += [f"tiled {'+'.join(tiled)}"] if tiled else []
     words += ["optimizer offloaded"] if stack.optimizer_offload else []
+    words += [f"attention of {stack.save_attention} blocks saved"] if stack.save_attention else []
     return "stack: " + ", ".join(words)
 
 
