@@ -2,10 +2,12 @@
 #   PYTHON=python3.12   interpreter for the environment (default: the first one found that is new enough)
 #   VENV=dir            where the environment lives
 #   ARGS="-k ring -x"   more arguments for pytest
+#   WORKERS=1           processes that run tests side by side (default: one a core; a file stays on one of them)
 
 VENV ?= .venv
 PYTHON ?=
 ARGS ?=
+WORKERS ?= logical
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -49,7 +51,7 @@ demo: $(INSTALLED) ## Run the smoke scenario on CPU processes and make its repor
 	exit $$code
 
 test: $(INSTALLED) ## Run every test (browser tests need Chromium, gpu tests a CUDA device; else they are skipped)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(ARGS)
 
 fast: $(INSTALLED) ## Run the tests that take no more than seconds
 	$(BIN)/python -m pytest -q -m "not slow and not browser and not gpu" $(ARGS)
