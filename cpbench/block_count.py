@@ -38,6 +38,10 @@ class BlockCount:
     backward_peak_bytes: int
     host_bytes: int
     """Host memory that one block took."""
+    forward_total_bytes: int = 0
+    """Most bytes alive in forward, input and output included, weights left out."""
+    backward_total_bytes: int = 0
+    """Most bytes alive in the backward proper, x, dy and dx included, weights and their gradients left out."""
     forward: CollectiveLog = field(default_factory=CollectiveLog)
     recomputation: CollectiveLog = field(default_factory=CollectiveLog)
     backward: CollectiveLog = field(default_factory=CollectiveLog)
@@ -71,6 +75,7 @@ def count_block(case: Case, method: Method, *, rank: int = 0, save_attention: bo
             memo=memo,
         )
         x, weights = _inputs(case)
+        recorder.mark("weight", *weights)
         with recorder.scope("step:0"), recorder.scope("forward"), CountCollectives(count.forward):
             _forward(method, x, weights, ctx)
         memo.recomputing = True
@@ -81,7 +86,22 @@ def count_block(case: Case, method: Method, *, rank: int = 0, save_attention: bo
     count.backward_peak_bytes = numbers.attention_backward_peak
     count.host_bytes = host.peak_bytes
     count.timeline = trace.timeline
+    count.forward_total_bytes = _total(trace.timeline, "forward")
+    count.backward_total_bytes = _total(trace.timeline, "gradients")
     return count
+
+
+def _total(timeline: Timeline, scope: str) -> int:
+    """Peak of everything but host memory, weights and their gradients while a scope is open."""
+    live = peak = 0
+    for event in timeline.events:
+        a = event.allocation
+        if a.label in ("host", "weight", "weight_gradient"):
+            continue
+        live += -a.bytes if event.is_free else a.bytes
+        if scope in event.scope:
+            peak = max(peak, live)
+    return peak
 
 
 def _inputs(case: Case) -> tuple[Tensor, list[Tensor]]:
@@ -116,7 +136,7 @@ def _backward(
         recorder.mark("residual", dy)
         edge = torch.autograd.graph.get_gradient_edge(y)
         del y
-        with CountCollectives(count.backward):
+        with recorder.scope("gradients"), CountCollectives(count.backward):
             dx, *grads = torch.autograd.grad([edge], leaves, [dy])
         recorder.mark("attention_input_gradient", dx)
         recorder.mark("weight_gradient", *grads)

@@ -55,6 +55,7 @@ from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replic
 from cpbench.runtime.parts import Parts, Place
 from cpbench.runtime.projection import HeadNorm, head_gradient, project
 from cpbench.runtime.ring_attention import RingAttention
+from cpbench.runtime.ring_costs import RingShape
 
 KEEP = ("auto", "host", "device", "recompute")
 
@@ -112,6 +113,10 @@ class UPipe:
                 f"upipe: stage_heads={stage} must be a multiple of the Ulysses degree {degree} and divide "
                 f"num_heads={heads}; use 0 or one of {', '.join(allowed)}"
             )
+        if self.published and case.stack.save_attention:
+            raise Unsupported(
+                "upipe: the published scheme recomputes its attention; use save_attention=0 or published=false"
+            )
         parts = ranks * (2 if ring > 1 else 1)
         if case.seq_len % parts:
             raise Unsupported(
@@ -149,6 +154,17 @@ class UPipe:
 
         Ring over R ranks: every stage sends the K/V of its group, so a group's K/V travel once for each of its g'/t
         stages.  With T = K' g'/t, in bytes: forward 2T (R-1); backward 2T (R-1) + 2 f T R, f = 4 / bytes per element.
+
+        Peaks, with m = M U/H, c one of k, v of a group, l the log-sum-exp of a stage: the most of any stage i of P, of
+
+            forward     q, k, v, out, l: 2m + 2c + l, and what attention holds inside; the part before on its way to
+                        the host: m (device: i m)
+            backward    q, out, dout, dq: 4m; k, v, dk, dv: 4c; l, and what attention holds inside (both with a ring:
+                        `cpbench.runtime.ring_costs`); sums of dk, dv of earlier turns: 2c
+                        (device: P-1 parts of outputs and gradients, and the l still to come; recompute: i parts)
+            overlap     the next stage's q: 2m; in a new group also its k, v: 4c
+            published   out: M, forward; out and dout: 2M, backward; every l; q, k, v all projected before any is
+                        sent: 2m + 5c, or 3m + 2c
         """
         c, r = case.world_size // self.ring_degree, self.ring_degree
         size = HeadBytes.of(case, tokens=case.tokens_per_rank)
@@ -163,7 +179,51 @@ class UPipe:
             travels = kv * stages.ratio // stages.per_stage
             forward["send"] = 2 * travels * (r - 1)
             backward["send"] = forward["send"] + 2 * travels * 4 // size.element * r
-        return Costs(forward_collective_bytes=forward, backward_collective_bytes=backward)
+        peak = self._published_peak if self.published else self._peak
+        return Costs(
+            forward_collective_bytes=forward,
+            backward_collective_bytes=backward,
+            forward_peak_bytes=peak(case, stages, backward=False),
+            backward_peak_bytes=peak(case, stages, backward=True),
+        )
+
+    def _peak(self, case: Case, stages: Stages, *, backward: bool) -> int:
+        unit = _StageBytes.of(case, stages, self.ring_degree)
+        schedule = stages.schedule()
+        keep = self._keep(case)
+        most = 0
+        for i, stage in enumerate(schedule):
+            here = unit.backward if backward else unit.forward
+            if backward and not stage.first:
+                here += 2 * unit.kv
+            if keep == "host":
+                here += unit.q if i and not backward else 0
+            else:
+                here += i * unit.q
+            if backward and keep != "host":
+                here += 2 * (unit.kv // stages.copies) * sum(earlier.last for earlier in schedule[:i])
+            if backward and keep == "device":
+                here += (len(schedule) - 1 - i) * (unit.q + unit.lse)
+            if self.overlap and i + 1 < len(schedule):
+                here += unit.buffers * (unit.q + (2 * unit.kv if schedule[i + 1].first else 0))
+            most = max(most, here)
+        return most
+
+    def _published_peak(self, case: Case, stages: Stages, *, backward: bool) -> int:
+        unit = _StageBytes.of(case, stages, self.ring_degree)
+        schedule = stages.schedule()
+        count = len(schedule)
+        if backward:
+            turns = 0 if all(stage.first for stage in schedule) else 2 * unit.kv
+            return (2 * unit.q + unit.lse) * count + unit.backward - unit.lse + turns
+        most = 0
+        for i, stage in enumerate(schedule):
+            sending = 3 * unit.q + 2 * unit.kv
+            if stage.first:
+                sending = max(sending, 2 * unit.q + 5 * unit.kv)
+            sending = sending if unit.buffers == 2 else 0
+            most = max(most, count * unit.q + i * unit.lse + max(sending, unit.forward))
+        return most
 
 
 METHOD = UPipe
@@ -251,6 +311,39 @@ class _Plan:
     keep: str
     """host, device or recompute."""
     overlap: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _StageBytes:
+    """Sizes that the peaks are made of."""
+
+    q: int
+    """One of q, out, dq, dout of a stage, m."""
+    kv: int
+    """One of k, v, dk, dv of a group, in head layout, c."""
+    lse: int
+    """Log-sum-exp of a stage, l."""
+    forward: int
+    """All that attention's forward has in use."""
+    backward: int
+    """All that attention's backward has in use."""
+    buffers: int
+    """Buffers of a tensor on its way into head layout: packed and received, or in a group of one the tensor itself."""
+
+    @classmethod
+    def of(cls, case: Case, stages: Stages, ring_degree: int) -> _StageBytes:
+        """Return the sizes of a case on one rank."""
+        degree = case.world_size // ring_degree
+        heads, kv_heads = stages.group * stages.per_stage // degree, stages.group // degree
+        shape = RingShape.of(case, ring_degree=ring_degree, heads=heads, kv_heads=kv_heads, kept=True)
+        return cls(
+            q=shape.q,
+            kv=shape.kv,
+            lse=shape.lse,
+            forward=shape.forward_bytes(),
+            backward=shape.backward_bytes(),
+            buffers=2 if degree > 1 else 1,
+        )
 
 
 class _Fused(torch.autograd.Function):
@@ -406,14 +499,13 @@ class _StageOutputs:
 
     def __init__(self, ctx: AttentionContext, keep: str) -> None:
         memo = ctx.memo
-        self.recomputes = keep == "recompute"
-        """Whether backward must compute them again."""
         self.remembered = memo is not None and memo.recomputing and "out0" in memo
         """Whether the first forward left them."""
         self._memo = memo if memo is not None and memo.save_attention and not memo.recomputing else None
+        self.recomputes = keep == "recompute" and not self.remembered and self._memo is None
+        """Whether backward must compute them again."""
         self._passing = memo is not None and not memo.recomputing
         if memo is not None and self.remembered:
-            self.recomputes = False
             count = len(memo.kept) // 2
             self.outputs = Parts.stored(ctx.host, [memo.kept.pop(f"out{i}") for i in range(count)])
             self._lse = Parts.stored(ctx.host, [memo.kept.pop(f"lse{i}") for i in range(count)])

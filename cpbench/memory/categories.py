@@ -48,6 +48,7 @@ class MemoryNumbers:
     attention_peak: int = 0
     attention_forward_peak: int = 0
     attention_backward_peak: int = 0
+    attention_stage_peak: int = 0
 
 
 def category(allocation: Allocation) -> str | None:
@@ -105,17 +106,25 @@ def analyse(timeline: Timeline, *, step: str) -> MemoryNumbers:
     numbers.attention_forward_peak = attention.peaks["forward"]
     numbers.attention_backward_peak = attention.peaks["backward"]
     numbers.attention_peak = max(attention.peaks.values())
+    numbers.attention_stage_peak = attention.stage_peak
     _describe(numbers, at_peak)
     return numbers
 
 
 class _AttentionMeter:
-    """Live bytes that one block's attention made and that are neither its output nor a gradient it returns."""
+    """Live bytes that one block's attention made and that are neither its output nor a gradient it returns.
+
+    `stage_peak` leaves out two things more: what a mark says is an attention output, or its gradient, that a method
+    holds at full width around its stages (`attention_full_width`), and what the kernel allocates inside.  That is how
+    the UPipe paper counts when it says that intermediates shrink to U/H.
+    """
 
     def __init__(self) -> None:
         self._live: dict[str, int] = defaultdict(int)
+        self._stage: dict[str, int] = defaultdict(int)
         self._counted: dict[int, str] = {}
         self.peaks = {"forward": 0, "backward": 0}
+        self.stage_peak = 0
 
     def allocate(self, a: Allocation, event: Event, step: str) -> None:
         block = next((name for name in event.scope if name.startswith("attention:")), None)
@@ -125,11 +134,20 @@ class _AttentionMeter:
         self._live[block] += a.bytes
         phase = "forward" if "forward" in event.scope else "backward"
         self.peaks[phase] = max(self.peaks[phase], self._live[block])
+        if _of_a_stage(a):
+            self._stage[block] += a.bytes
+            self.stage_peak = max(self.stage_peak, self._stage[block])
 
     def free(self, a: Allocation) -> None:
         block = self._counted.pop(id(a), None)
         if block is not None:
             self._live[block] -= a.bytes
+            if _of_a_stage(a):
+                self._stage[block] -= a.bytes
+
+
+def _of_a_stage(a: Allocation) -> bool:
+    return a.label != "attention_full_width" and not a.inside_kernel
 
 
 def _fsdp_category(site: str) -> str:

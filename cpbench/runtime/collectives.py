@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]  # no __all__
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpbench.runtime.recorder import Recorder
@@ -72,8 +73,7 @@ class HeadsPending:
         self._work: Any = None
         if group.size == 1:
             return
-        with recorder.scope("communication"):
-            self._received = torch.empty_like(packed)
+        self._received = torch.empty_like(packed)  # what comes is what attention works on, not staging
         self._holders = _holders(packed, self._received)
         self._work = dist.all_to_all_single(self._received, packed, group=group.handle, async_op=asynchronous)
 
@@ -187,6 +187,27 @@ def _send(size: int, n: int) -> int:
     return size
 
 
+_SENT: dict[str, Callable[[int, int], int]] = {
+    "all_to_all": _all_to_all,
+    "all_gather": _all_gather,
+    "reduce_scatter": _all_to_all,
+    "all_reduce": _all_reduce,
+    "send": _send,
+    "broadcast": _send,
+}
+
+
+def sent_bytes(kind: str, size: int, ranks: int) -> int:
+    """Return what a rank sends to others in one collective; see the module.
+
+    Args:
+        kind: as in a `CollectiveLog`.
+        size: bytes of this rank's input.
+        ranks: of the group.
+    """
+    return _SENT[kind](size, ranks)
+
+
 # Operators by the names torch gives them: (kind, position of the input, of the group, bytes sent).  FSDP calls the c10d
 # ones (2.11 to 2.13 differ in the Python function, not in the operator), DTensor the functional ones.
 _KINDS: dict[str, tuple[str, int, int, Callable[[int, int], int]]] = {
@@ -200,7 +221,14 @@ _KINDS: dict[str, tuple[str, int, int, Callable[[int, int], int]]] = {
     "_c10d_functional::reduce_scatter_tensor": ("reduce_scatter", 0, 3, _all_to_all),
 }
 # Control traffic, or the other end of something already counted.
-_UNCOUNTED = frozenset({"c10d::recv_", "c10d::barrier", "_c10d_functional::wait_tensor"})
+_UNCOUNTED = frozenset(
+    {
+        "c10d::recv_",
+        "c10d::barrier",
+        "_c10d_functional::wait_tensor",
+        "_c10d_functional::_wrap_tensor_autograd",
+    }
+)
 
 
 @dataclass(slots=True)
@@ -235,6 +263,8 @@ class CountCollectives(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         """Count a c10d operator, then run it."""
+        if DTensor in types:  # let it take its operator apart first: the norm of all gradients sends inside one
+            return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name
             if name in _KINDS:

@@ -187,16 +187,22 @@ def scratch_bytes(op: object, args: Sequence[object]) -> int:
     """Return what an attention op allocates inside and frees before it returns, in bytes.
 
     cuda-flash, from FlashAttention-2's `mha_bwd`: a float32 dq accumulator over lengths rounded up to 128 and widths
-    to 32, float32 row sums, and with GQA dk and dv of all query heads.  Its forward holds nothing.
+    to 32, float32 row sums, and with GQA dk and dv of all query heads; ATen around it copies a dout or out that is not
+    contiguous (a slice of a batch's tokens).  Its forward holds nothing.
     cpu-flash, from ATen's `FlashAttentionKernel.cpp` (a test holds it against the allocator): score tiles of up to
-    256 x 512 a thread in float32, and in bfloat16 beside them; twice in backward.
+    256 x 512 a thread in float32, and in bfloat16 beside them; twice in backward, where a dout that is not contiguous
+    is copied too.
     """
     backward = op is torch.ops.cpbench.attention_backward.default
     q, k = args[1:3] if backward else args[:2]
     backend = args[8] if backward else args[5]
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(backend, str)):
         raise TypeError("an attention op takes tensors q and k, and the name of a backend")
-    return scratch_of(backend, q.shape, k.shape, q.element_size(), backward=backward)
+    copied = 0
+    if backward:
+        candidates = (args[0],) if backend == "cpu-flash" else (args[0], args[4])
+        copied = sum(t.nbytes for t in candidates if isinstance(t, Tensor) and not t.is_contiguous())
+    return copied + scratch_of(backend, q.shape, k.shape, q.element_size(), backward=backward)
 
 
 def scratch_of(

@@ -1,0 +1,54 @@
+"""Real runs of many small cases in one launch, for tests that compare them with something counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cpbench.case import Case
+from cpbench.record import RankReport
+
+_WORKER = Path(__file__).parent / "workers" / "measure_many.py"
+
+
+def measure(cases: Sequence[Case], folder: Path, *, timeout: float = 280) -> list[list[RankReport]]:
+    """Return the reports of all ranks for each case; all have the same world size.
+
+    Args:
+        cases: resolved.
+        folder: for the files of this launch.
+        timeout: seconds for all cases together.
+    """
+    world_size = cases[0].world_size
+    assert all(case.world_size == world_size for case in cases)
+    file = folder / "cases.json"
+    file.write_text(json.dumps([case.model_dump(mode="json") for case in cases]), encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={world_size}",
+    ]
+    root = Path(__file__).resolve().parents[2]
+    ended = subprocess.run(
+        [*command, str(_WORKER), str(file), str(folder)],
+        env={
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(root),
+            "PATH": "/usr/bin:/bin",
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    ranks = [
+        [RankReport.model_validate(report) for report in json.loads((folder / f"rank{r}.json").read_text())]
+        for r in range(world_size)
+    ]
+    return [list(reports) for reports in zip(*ranks, strict=True)]
