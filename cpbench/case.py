@@ -67,6 +67,9 @@ def stack_by_name(name: str) -> Stack:
     return STACKS[name]
 
 
+_LATER = ("model_layers", "rank")
+
+
 class Case(BaseModel):
     """One training configuration to run; see `Record` for what comes of it."""
 
@@ -79,7 +82,9 @@ class Case(BaseModel):
     model: str = Field(min_length=1)
     """Name of the model preset, or of the folder of its config.json."""
     architecture: ModelConfig
-    """The model's shape."""
+    """The model's shape, with the number of layers that run."""
+    model_layers: PositiveInt | None = None
+    """Layers that the model has, where fewer run; None: all run."""
     seq_len: PositiveInt
     """Global sequence length S in tokens."""
     batch_size: PositiveInt = 1
@@ -102,8 +107,11 @@ class Case(BaseModel):
     """measure: real ranks; emulate: one rank of W on one device; estimate: fake tensors."""
     device: Device = "cpu"
     """Where the tensors live; of an estimate, what it stands for (its own fake tensors live nowhere)."""
+    rank: NonNegativeInt | None = None
+    """The one rank that runs, of an emulated or estimated case; None in an estimate: rank 0."""
     hardware: str | None = None
-    """Machine profile of an estimate for GPUs; None when measured, or for CPU processes."""
+    """Machine profile of an estimate for GPUs, or of an emulation's communication; None when measured, or for CPU
+    processes."""
     steps: PositiveInt = 3
     """Timed steps."""
     warmup: NonNegativeInt = 2
@@ -114,7 +122,11 @@ class Case(BaseModel):
     @property
     def case_id(self) -> str:
         """A hash of the case: method and length for people, then 12 hex digits of SHA-256 of its JSON."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        fields = self.model_dump(mode="json")
+        for name in _LATER:  # cases from before these fields keep their ids
+            if fields[name] is None:
+                del fields[name]
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(canonical.encode()).hexdigest()[:12]
         safe = "".join(c if c.isalnum() or c in "-_" else "-" for c in self.method)[:40]
         return f"{safe}-{format_length(self.seq_len).replace('.', '_')}-{digest}"

@@ -81,13 +81,19 @@ def _abilities(machine: Machine, probe: dict[str, Any]) -> tuple[Finding, ...]:
         value=why or f"up to {usable} ranks",
         advice="use --mode estimate, or --device cpu" if why else "",
     )
+    emulate = Finding(
+        name="emulate one rank",
+        state="no" if probe.get("problem") else "yes",
+        value=probe.get("problem") or f"of any number of ranks, on {'a GPU' if usable else 'the CPU'}",
+        advice="reinstall torch" if probe.get("problem") else "",
+    )
     estimate = Finding(
         name="estimate memory",
         state="no" if probe.get("problem") else "yes",
         value=probe.get("problem") or "any number of ranks of any profile in `cpbench list hardware`",
         advice="reinstall torch" if probe.get("problem") else "",
     )
-    return cpu, cuda, estimate
+    return cpu, cuda, emulate, estimate
 
 
 def _gpu_problem(gpus: int, probe: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from cpbench.case import Case
 from cpbench.errors import UnknownName, UsageError
@@ -19,6 +19,55 @@ from cpbench.units import format_bytes
 _FOLDER = Path(__file__).resolve().parent / "profiles"
 MARGIN = 0.03
 """Part of the counted peak added for allocator rounding and fragmentation, so that an estimate is rather too high."""
+
+
+class AttentionRates(BaseModel):
+    """Speed of one attention kernel at head width 128: R t / (t + t_half) FLOP/s where a query meets t keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    forward_flops_per_second: PositiveFloat
+    """R, where causal attention counts half of the square."""
+    forward_half_keys: PositiveFloat
+    """t_half: keys at which half of R is reached."""
+    backward_flops_per_second: PositiveFloat
+    """The same for the backward pass, of 2.5 times the FLOPs."""
+    backward_half_keys: PositiveFloat
+
+
+class Rates(BaseModel):
+    """How fast the accelerator and its links are, for the time model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    uncertainty: float = Field(gt=0, lt=1)
+    """Part by which a modelled step time may be off in either direction, judged from the sources."""
+    matmul_flops_per_second: PositiveFloat
+    """Dense bfloat16 peak."""
+    matmul_efficiency: float = Field(gt=0, le=1)
+    """Part of the peak that large matrix products reach."""
+    memory_bytes_per_second: PositiveFloat
+    """Peak of device memory."""
+    memory_efficiency: float = Field(gt=0, le=1)
+    """Part of it that an elementwise kernel reaches."""
+    multiprocessors: PositiveInt
+    """Units that a thread block runs on."""
+    kernel_seconds: PositiveFloat
+    """Shortest duration of a kernel."""
+    link_bytes_per_second: PositiveFloat
+    """What a collective sends from a GPU to others on its node."""
+    link_latency_seconds: PositiveFloat
+    """Of one hop of a collective inside a node."""
+    network_bytes_per_second: PositiveFloat
+    """What a GPU's network port sends to other nodes."""
+    network_latency_seconds: PositiveFloat
+    """Of one hop between nodes."""
+    copy_out_bytes_per_second: PositiveFloat
+    """From the device to pinned host memory."""
+    copy_in_bytes_per_second: PositiveFloat
+    """From pinned host memory to the device."""
+    attention: dict[str, AttentionRates]
+    """By attention backend."""
 
 
 class Hardware(BaseModel):
@@ -37,6 +86,8 @@ class Hardware(BaseModel):
     """What the collective library takes for each communicator."""
     host_memory_bytes: PositiveInt
     """RAM of a node."""
+    rates: Rates | None = None
+    """None: memory is estimated, time is not."""
     sources: dict[str, str]
     """Where each value is from."""
 

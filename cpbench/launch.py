@@ -77,6 +77,11 @@ class Job:
         """Processes on this machine: an emulated or estimated case is one process, whatever its world."""
         return self.case.world_size // self.nodes.count if self.case.mode == "measure" else 1
 
+    @property
+    def by_torchrun(self) -> bool:
+        """Whether torchrun starts the ranks; a single rank is a plain process, because torchrun costs seconds."""
+        return self.case.mode == "measure"
+
     def clean(self) -> None:
         """Remove the scratch files of all nodes."""
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -87,7 +92,7 @@ class Exit:
     """How a launch ended."""
 
     code: int
-    """torchrun's exit code, or 128 + signal."""
+    """The exit code of torchrun or of the one process, or 128 + signal."""
     timed_out: bool
     interrupted: bool
     duration_seconds: float
@@ -112,7 +117,7 @@ def launch(job: Job, *, should_stop: Callable[[], bool], on_wait: Callable[[], N
     """
     with refusing_bad_disk(job.scratch):
         job_file = _prepare(job)
-    command = [sys.executable, "-m", "cpbench.supervise", *torchrun_command(job), str(job_file)]
+    command = [sys.executable, "-m", "cpbench.supervise", *job_command(job), str(job_file)]
     start = time.monotonic()
     with job.launcher_log.open("wb") as log:
         process = subprocess.Popen(
@@ -120,7 +125,8 @@ def launch(job: Job, *, should_stop: Callable[[], bool], on_wait: Callable[[], N
             stdin=subprocess.PIPE,  # the supervisor's lifeline: it ends everything when this pipe closes
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=child_environment(job.case.device, job.local_world_size, single_node=job.nodes.count == 1),
+            env=child_environment(job.case.device, job.local_world_size, single_node=job.nodes.count == 1)
+            | ({} if job.by_torchrun else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}),
             start_new_session=True,
         )
         timed_out = interrupted = False
@@ -138,6 +144,11 @@ def launch(job: Job, *, should_stop: Callable[[], bool], on_wait: Callable[[], N
         interrupted=interrupted and code != 0,
         duration_seconds=time.monotonic() - start,
     )
+
+
+def job_command(job: Job) -> list[str]:
+    """Return the command line that runs a job, without the job file."""
+    return torchrun_command(job) if job.by_torchrun else [sys.executable, *job.worker]
 
 
 def torchrun_command(job: Job) -> list[str]:

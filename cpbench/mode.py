@@ -1,4 +1,4 @@
-"""Chooses the world of a sweep and says why.  `emulate` has its name but no world yet, so it is never chosen."""
+"""Chooses the world of a sweep and says why."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def choose_mode(
     found = f"{gpus or 'no'} visible GPU{'' if gpus == 1 else 's'}"
     if gpus >= world_size:
         return ModeChoice("measure", "cuda", f"{found} for {world_size} ranks")
+    if gpus:
+        return ModeChoice(
+            "emulate",
+            "cuda",
+            f"{found} for {world_size} ranks, so one rank runs alone and its communication is not timed; "
+            "add --mode estimate to run nothing",
+        )
     return ModeChoice(
         "estimate",
         "cuda",

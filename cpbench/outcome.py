@@ -59,11 +59,13 @@ def explain(job: Job, exit: Exit, *, oom_kills: int) -> Outcome:
     for rank, code in ended:
         if code < 0:
             return _from_signal(job, rank, -code, oom_kills)
+    if not job.by_torchrun and exit.code > 128:
+        return _from_signal(job, 0, exit.code - 128, oom_kills)
     if failures:
         return _from_failure(job, failures[0])
     for rank, code in ended:
         return Outcome(status="error", reason=_with_log(job, rank, f"rank {rank} ended with code {code}"))
-    words = problem or f"torchrun ended with code {exit.code}"
+    words = problem or f"{'torchrun' if job.by_torchrun else 'the worker'} ended with code {exit.code}"
     return Outcome(status="error", reason=_with_log(job, None, words))
 
 

@@ -68,6 +68,8 @@ class Memory(_Facts):
     """The same, forward only."""
     attention_backward_peak_bytes: int | None = None
     """The same, backward only: recomputed and saved intermediates included."""
+    attention_stage_peak_bytes: int | None = None
+    """Intermediates but for an attention output, or its gradient, held at full width, and but for kernel scratch."""
     peak_by_category_bytes: dict[str, int] = Field(default_factory=dict)
     """Live bytes of each category at the moment of the peak; they add up to peak_allocated_bytes."""
     peak_by_phase_bytes: dict[str, int] = Field(default_factory=dict)
@@ -87,6 +89,31 @@ class StepSample(_Facts):
     optimizer_seconds: float
 
 
+class ModelledTime(_Facts):
+    """What a time model says of a step beside its duration (see `cpbench.timing.schedule`); seconds."""
+
+    uncertainty: float
+    """Part by which the step time may be off in either direction, as judged from the sources of the profile's rates."""
+    exposed_communication_seconds: float
+    """Time in which compute waits for collectives."""
+    exposed_copy_seconds: float
+    """Time in which compute waits for copies to or from host memory."""
+    busy_seconds: dict[str, float]
+    """Time in which each stream works."""
+    critical_path_seconds: dict[str, float]
+    """What the step consists of, by `phase/kind of work`, along the chain that makes it as long as it is."""
+    computed_flops: float
+    """FLOPs of this rank's matrix products and attention, recomputation included."""
+
+
+class ShallowSteps(_Facts):
+    """Steps of the same case with still fewer layers, from which its time is scaled to all of the model's."""
+
+    layers: int
+    step_seconds: tuple[float, ...]
+    """Of each timed step."""
+
+
 class RankReport(_Facts):
     """Everything one rank measured."""
 
@@ -103,8 +130,14 @@ class RankReport(_Facts):
     """Bytes this rank sends to others in one step, by kind of collective (see `cpbench.runtime.collectives`)."""
     collective_calls: dict[str, int] = Field(default_factory=dict)
     """Number of collectives in one step, by kind."""
+    collectives_hash: str | None = None
+    """Of the kinds and bytes of all collectives of a step in their order; None in an estimate."""
+    shallow: ShallowSteps | None = None
+    """Of an emulated case that runs fewer layers than the model has."""
     attention_backend: str
     """The kernel that really ran."""
+    modelled: ModelledTime | None = None
+    """Of an estimate: its `samples` hold one modelled step."""
 
 
 class Software(_Facts):
@@ -121,6 +154,10 @@ class WorkerReport(_Facts):
     ranks: tuple[RankReport, ...]
     software: Software
     gpu: str | None = None
+    communication_seconds: float | None = None
+    """Emulation only: by how much communication would prolong a step, by the time model."""
+    notes: tuple[str, ...] = ()
+    """See `Record.notes`."""
 
 
 class RankFailure(_Facts):
@@ -155,6 +192,8 @@ class Record(_Facts):
     """In words, for every status but ok."""
     warnings: tuple[str, ...] = ()
     """Doubts about an ok record, for example a rate above the hardware's peak."""
+    notes: tuple[str, ...] = ()
+    """What numbers of an ok record leave out, and why one is missing."""
 
     method: str
     options: dict[str, OptionValue]
@@ -178,10 +217,15 @@ class Record(_Facts):
     """The budget asked for with `auto`, only where the case could not be resolved."""
     device: str
     hardware: str | None
+    rank: int | None = None
+    """The one rank that ran, of an emulated case or an estimate."""
     steps: int
     warmup: int
     seed: int
     architecture: ModelConfig
+    """With the number of layers that ran."""
+    model_layers: int | None = None
+    """Layers that the model has, where fewer ran; sizes and durations are of those that ran, unless they say else."""
 
     machine: Machine | None
     gpu: str | None = None
@@ -207,6 +251,7 @@ class Record(_Facts):
     attention_intermediate_peak_bytes: int | None = None
     attention_forward_peak_bytes: int | None = None
     attention_backward_peak_bytes: int | None = None
+    attention_stage_peak_bytes: int | None = None
     peak_by_category_bytes: dict[str, int] = Field(default_factory=dict)
     """Of the rank with the highest peak."""
     peak_by_phase_bytes: dict[str, int] = Field(default_factory=dict)
@@ -215,12 +260,18 @@ class Record(_Facts):
     """Over ranks, by name of the memory quantity."""
 
     step_seconds: float | None = None
-    """Median over timed steps of the slowest rank's step."""
+    """Median over timed steps of the slowest rank's step; of an emulated case, its compute and its communication."""
     step_seconds_samples: tuple[float, ...] = ()
     """The slowest rank's duration of every timed step."""
     forward_seconds: float | None = None
     backward_seconds: float | None = None
     optimizer_seconds: float | None = None
+    compute_seconds: float | None = None
+    """Emulation only: median over timed steps, measured, with copies on the device in place of communication."""
+    communication_seconds: float | None = None
+    """Emulation only: by how much communication would prolong a step, by the time model for `hardware`."""
+    compute_seconds_of_model: float | None = None
+    """Emulation of few layers only: `compute_seconds` on the line through two layer counts, at all of the model's."""
     tokens_per_second: float | None = None
     tokens_per_second_per_gpu: float | None = None
     """Per rank: a rank is a GPU, or a CPU process where device is cpu."""
@@ -228,6 +279,8 @@ class Record(_Facts):
     """Model FLOPs (see `cpbench.model_config`) per second and rank, in 1e12."""
     mfu: float | None = None
     """tflops_per_gpu over the device's dense peak; None where the peak is not known."""
+    modelled: ModelledTime | None = None
+    """Of an estimate, whose durations come from a time model: how they arise, and how far they may be off."""
     loss: float | None = None
     """Mean loss after the last step."""
     losses: tuple[float | None, ...] = ()
@@ -259,6 +312,10 @@ class Record(_Facts):
         memory = {name: _values(ranks, name) for name in _AGGREGATED_MEMORY}
         worst = max(ranks, key=lambda rank: rank.memory.peak_allocated_bytes or 0)
         steps = [[max(step) for step in zip(*samples, strict=True)] for samples in _timings(ranks)]
+        apart = _apart(case, report, steps[0]) if case.mode == "emulate" else {}
+        if apart:
+            added = report.communication_seconds
+            steps[0] = [] if added is None else [compute + added for compute in steps[0]]
         step_seconds = statistics.median(steps[0]) if steps[0] else None
         speed = _speed(case, step_seconds, report.gpu)
         status, reason, warnings = _judge(case, ranks, speed)
@@ -268,9 +325,11 @@ class Record(_Facts):
             **report.software.model_dump(),
             **{name: max(values) if values else None for name, values in memory.items()},
             **speed,
+            **apart,
             status=status,
             reason=reason,
             warnings=tuple(warnings),
+            notes=report.notes,
             gpu=report.gpu,
             attention_backend=ranks[0].attention_backend,
             peak_by_category_bytes=worst.memory.peak_by_category_bytes,
@@ -281,6 +340,7 @@ class Record(_Facts):
             forward_seconds=statistics.median(steps[1]) if steps[1] else None,
             backward_seconds=statistics.median(steps[2]) if steps[2] else None,
             optimizer_seconds=statistics.median(steps[3]) if steps[3] else None,
+            modelled=ranks[0].modelled,
             loss=ranks[0].losses[-1] if ranks[0].losses else None,
             losses=ranks[0].losses,
             grad_norm=ranks[0].grad_norms[-1] if ranks[0].grad_norms else None,
@@ -308,8 +368,16 @@ class Record(_Facts):
         row |= {f"collective.{key}.calls": value for key, value in row.pop("collective_calls").items()}
         for name, spread in self.spread.items():
             row |= {f"{name}.{part}": value for part, value in spread.model_dump().items() if part != "max"}
+        modelled = row.pop("modelled") or {}
+        for name in (
+            "uncertainty",
+            "exposed_communication_seconds",
+            "exposed_copy_seconds",
+            "computed_flops",
+        ):
+            row[f"modelled.{name}"] = modelled.get(name)
         row["options"] = json.dumps(self.options, sort_keys=True)
-        for name in ("warnings", "step_seconds_samples", "losses", "grad_norms"):
+        for name in ("warnings", "notes", "step_seconds_samples", "losses", "grad_norms"):
             row[name] = json.dumps(row[name])
         row["machine"] = self.machine.name if self.machine else None
         row["num_params"] = self.architecture.num_params
@@ -326,6 +394,7 @@ _AGGREGATED_MEMORY = (
     "attention_intermediate_peak_bytes",
     "attention_forward_peak_bytes",
     "attention_backward_peak_bytes",
+    "attention_stage_peak_bytes",
 )
 
 
@@ -418,6 +487,23 @@ def _timings(ranks: Sequence[RankReport]) -> list[list[list[float]]]:
     return [[[part(sample) for sample in rank.samples] for rank in ranks] for part in parts]
 
 
+def _apart(case: Case, report: WorkerReport, samples: Sequence[float]) -> dict[str, float | None]:
+    """Measured compute and modelled communication of an emulated case."""
+    compute = statistics.median(samples) if samples else None
+    of_model = None
+    shallow = report.ranks[0].shallow
+    if compute is not None and shallow is not None and case.model_layers is not None:
+        less = statistics.median(shallow.step_seconds)
+        layers = case.architecture.num_layers
+        per_layer = (compute - less) / (layers - shallow.layers)
+        of_model = compute + per_layer * (case.model_layers - layers)
+    return {
+        "compute_seconds": compute,
+        "communication_seconds": report.communication_seconds,
+        "compute_seconds_of_model": of_model,
+    }
+
+
 def _speed(case: Case, step_seconds: float | None, gpu: str | None) -> dict[str, float | None]:
     names = ("tokens_per_second", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu")
     if not step_seconds:
@@ -425,6 +511,9 @@ def _speed(case: Case, step_seconds: float | None, gpu: str | None) -> dict[str,
     tokens = case.seq_len * case.batch_size / step_seconds
     flops = case.architecture.step_flops(case.seq_len, case.batch_size) / step_seconds / case.world_size
     peak = peak_flops(gpu, case.dtype)
+    if case.mode == "estimate" and case.hardware is not None:
+        rates = load_hardware(case.hardware).rates
+        peak = None if rates is None else rates.matmul_flops_per_second
     return dict(
         zip(
             names,
@@ -461,7 +550,11 @@ def _judge(
         return "invalid", "ranks ran different attention kernels", []
     if case.mode == "measure" and len(ranks) != case.world_size:
         return "invalid", f"{len(ranks)} of {case.world_size} ranks reported", []
-    if case.hardware is not None and ranks[0].memory.peak_allocated_bytes is not None:
+    if (
+        case.mode == "estimate"
+        and case.hardware is not None
+        and ranks[0].memory.peak_allocated_bytes is not None
+    ):
         return _judge_fit(case, ranks[0].memory)
     mfu = speed["mfu"]
     if mfu is not None and mfu > 1:
@@ -469,7 +562,8 @@ def _judge(
     asked, used = case.attention_backend, ranks[0].attention_backend
     if asked not in ("auto", used):
         return "invalid", f"attention backend {asked} was asked for but {used} ran", []
-    first = ranks[0].losses[0] if ranks[0].losses else None
+    # An emulated rank talks to itself, so its loss says nothing.
+    first = ranks[0].losses[0] if ranks[0].losses and case.mode != "emulate" else None
     expected = math.log(case.architecture.vocab_size)
     if first is not None and abs(first - expected) > 0.25 * expected + 1:
         return "ok", None, [f"first loss {first:.3f} is far from ln(vocabulary) = {expected:.3f}"]

@@ -118,6 +118,38 @@ def load(name: str, options: Mapping[str, OptionValue], plugins: Sequence[Path] 
         raise UsageError(f"{name}: {error}") from error
 
 
+def verify_options(path: Path) -> tuple[dict[str, OptionValue], ...]:
+    """Return the option sets to verify: the defaults, then those that a method's file declares.
+
+    A file declares them with a literal at its top level, read without running it:
+
+        VERIFY_OPTIONS = ({"stage_heads": 8}, {"ring_degree": 2, "stage_heads": 4})
+
+    A set that a shape or a number of ranks does not allow is unsupported there and does no harm.
+
+    Raises:
+        UsageError: VERIFY_OPTIONS is no literal tuple or list of mappings from option names to values.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return ({},)  # loading the method says what is wrong with it
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        if not any(isinstance(target, ast.Name) and target.id == "VERIFY_OPTIONS" for target in targets):
+            continue
+        try:
+            declared = ast.literal_eval(node.value)  # type: ignore[attr-defined]  # both kinds of assignment have one
+            return ({}, *(dict(options) for options in declared))
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"{path.name}: VERIFY_OPTIONS must be a literal tuple of option sets, like ({{'stage_heads': 8}},)"
+            ) from error
+    return ({},)
+
+
 def resolved_options(method: Method) -> dict[str, OptionValue]:
     """Return every option of a loaded method with its value."""
     return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]

@@ -34,16 +34,26 @@ def resolve(case: Case, plugins: list[Path]) -> tuple[Case, str | None]:
             raise Unsupported(
                 f"world_size={case.world_size} is not a multiple of nodes={case.nodes}; choose one that is"
             )
+        resolved = _with_rank(resolved)
         method.check(resolved)
         select_kernels(resolved)
         resolved = resolved.model_copy(update={"stack": with_saved_attention(resolved)})
-        if case.mode == "emulate":
-            raise Unsupported("mode emulate is not available yet; use --mode measure or --mode estimate")
     except Unsupported as error:
         return resolved, str(error)
     layout = method.layout(resolved, 0)
     degrees = {"ulysses_degree": layout.ulysses_degree, "ring_degree": layout.ring_degree}
     return resolved.model_copy(update=degrees), None
+
+
+def _with_rank(case: Case) -> Case:
+    """The case with the rank that is emulated."""
+    if case.mode == "measure":
+        if case.rank is not None:
+            raise Unsupported(f"rank={case.rank}: all ranks are measured; leave it out, or use --mode emulate")
+        return case
+    if case.rank is not None and case.rank >= case.world_size:
+        raise Unsupported(f"rank={case.rank} must be below world_size={case.world_size}")
+    return case.model_copy(update={"rank": 0}) if case.mode == "emulate" and case.rank is None else case
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

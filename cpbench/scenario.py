@@ -7,6 +7,7 @@ description = "..."
 [run]                      # one value each: how every case is run
 mode = "measure"           # auto | measure | emulate | estimate
 steps = 3
+layers = 2                 # so many layers of every model; all when left out
 
 [sweep]                    # lists multiply: the axes
 method = ["ring", "upipe"]
@@ -82,7 +83,11 @@ class RunSettings(_Section):
     device: Device | None = None
     """None: cuda when GPUs are visible, else cpu."""
     hardware: str = "h100-80g"
-    """Machine profile of estimates."""
+    """Machine profile of estimates, and of the communication of emulated cases."""
+    rank: NonNegativeInt | None = None
+    """The one rank that is emulated or estimated; None: rank 0."""
+    layers: PositiveInt | None = None
+    """Layers of every model that run; None: all."""
     nodes: PositiveInt = 1
     steps: PositiveInt = 3
     warmup: NonNegativeInt = 2
@@ -156,13 +161,14 @@ class Scenario(_Section):
 
         Raises:
             UnknownName: a model or stack that does not exist.
-            ScenarioError: the exclude rules leave nothing.
+            ScenarioError: the exclude rules leave nothing, or a model has fewer layers than asked for.
         """
         axes = self.sweep
         models = {
             name: (name, self.models[name]) if name in self.models else load_model(name)
             for name in axes.model
         }
+        layers = {name: self._layers(name, architecture) for name, (_, architecture) in models.items()}
         stacks = {name: self._changed(stack_by_name(name)) for name in axes.stack}
         names = ("method", "model", "stack", "dtype", "batch_size", "world_size", "seq_len")
         cases: list[Case] = []
@@ -171,15 +177,18 @@ class Scenario(_Section):
             if any(rule.matches(point) for rule in self.exclude):
                 continue
             model, architecture = models[point["model"]]
+            running, model_layers = layers[point["model"]]
             for options in self._option_sets(point["method"]):
                 cases.append(
                     Case(
                         **(point | {"model": model, "stack": stacks[point["stack"]]}),
-                        architecture=architecture,
+                        architecture=architecture.model_copy(update={"num_layers": running}),
+                        model_layers=model_layers,
                         options=options,
                         nodes=self.run.nodes,
                         mode=mode,
                         device=device,
+                        rank=self.run.rank,
                         hardware=self.run.hardware if mode != "measure" and device == "cuda" else None,
                         steps=self.run.steps,
                         warmup=self.run.warmup,
@@ -190,6 +199,17 @@ class Scenario(_Section):
         if not cases:
             raise ScenarioError(f"scenario {self.name!r}: the exclude rules leave no case; remove a rule")
         return list({case.case_id: case for case in cases}.values())
+
+    def _layers(self, name: str, architecture: ModelConfig) -> tuple[int, int | None]:
+        """Layers that run, and of how many if not all do."""
+        there, wanted = architecture.num_layers, self.run.layers
+        if wanted is None or wanted == there:
+            return there, None
+        if wanted > there:
+            raise ScenarioError(
+                f"scenario {self.name!r}: layers={wanted}, but model {name} has {there}; give at most {there}"
+            )
+        return wanted, there
 
     def _changed(self, stack: Stack) -> Stack:
         return stack.model_copy(update={key: value for key, value in self.stack if value is not None})

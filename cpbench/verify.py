@@ -1,159 +1,268 @@
-"""Runs `cpbench verify`: real ranks under torchrun check each method against the reference.
+"""Runs `cpbench verify`: real ranks under torchrun check each method against the references.
 
-All methods share one launch; if that ends without an answer (a rank died or hung), each method is run alone, so that
-only the faulty one is blamed.
+Everything shares one launch, because starting processes costs more than most checks.  If that ends early (a rank died
+or hung), what it had found is kept, the case that ran is blamed, its method and options are not run again, and the
+rest is launched once more.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from pydantic import ValidationError
 
 from cpbench import registry
-from cpbench.case import STACKS, Case, Device, Dtype, OptionValue
+from cpbench.case import STACKS, Case, Device, OptionValue
 from cpbench.errors import UsageError
 from cpbench.expand import ResolvedCase, excess, resolve_cases
 from cpbench.launch import Job, launch
 from cpbench.machine import visible_gpus
-from cpbench.model_config import ModelConfig
 from cpbench.outcome import explain, host_oom_kills
-from cpbench.verification import Verification, VerifyReport
+from cpbench.progress_file import read_progress
+from cpbench.selection import Selection
+from cpbench.shape import Shape
+from cpbench.verification import (
+    Verdict,
+    Verification,
+    VerifyAnswer,
+    VerifyItem,
+    VerifyReport,
+)
 
 _WORKER = ("-m", "cpbench.verify_worker")
+_ANSWERS = "answers.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyRequest:
-    """What to verify, at which shape."""
+    """What to verify."""
 
     methods: tuple[str, ...]
+    selection: Selection
+    """Shapes, stacks, and where the declared option sets run."""
     options: Mapping[str, Sequence[Mapping[str, OptionValue]]] = field(default_factory=dict)
-    """Option sets by method; a method without any runs with its defaults."""
-    world_size: int = 4
-    num_heads: int = 8
-    num_kv_heads: int = 4
-    head_dim: int = 32
-    hidden_dim: int = 192
-    num_layers: int = 2
-    seq_len: int | None = None
-    """None: 26 tokens a rank, an odd multiple of what every layout needs."""
-    batch_size: int = 1
-    qk_norm: bool = False
-    dtype: Dtype = "float32"
+    """Option sets by method, which run at every shape instead of those that the method declares."""
     device: Device = "cpu"
     seed: int = 0
     plugins: tuple[Path, ...] = ()
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = 3600.0
+    """For one launch."""
+    collective_seconds: float = 120.0
+    """After so long a rank that waits for another gives up."""
 
-    def cases(self) -> list[Case]:
-        """Return the requested cases.
+    def items(self) -> list[VerifyItem]:
+        """Return what is to be verified, shape by shape.
 
         Raises:
-            UsageError: heads that do not divide, or another shape that no model has.
+            UsageError: a shape that no model has, for example because heads do not divide.
         """
-        try:
-            architecture = ModelConfig(
-                hidden_dim=self.hidden_dim,
-                num_layers=self.num_layers,
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                ffn_dim=2 * self.hidden_dim - 40,
-                vocab_size=509,
-                qk_norm=self.qk_norm,
-            )
-        except ValidationError as error:
-            raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
-        return [
-            Case(
-                method=method,
-                options=dict(options),
-                model="verify",
-                architecture=architecture,
-                seq_len=self.seq_len or 26 * self.world_size,
-                batch_size=self.batch_size,
-                world_size=1 if method == "single" else self.world_size,
-                dtype=self.dtype,
-                stack=STACKS["long"],
-                device=self.device,
-                seed=self.seed,
-            )
-            for method in self.methods
-            for options in self.options.get(method) or [{}]
-        ]
+        found = []
+        for shape in dict.fromkeys(self.selection.shapes):
+            for method in self.methods:
+                for position, options in enumerate(self._option_sets(method, shape)):
+                    stacks = self.selection.stacks.get(shape, ())
+                    found.append(
+                        VerifyItem(
+                            case=self._case(method, options, shape),
+                            given=dict(options),
+                            stacks=stacks if position == 0 else stacks[-1:],
+                        )
+                    )
+        return found
+
+    def _option_sets(self, method: str, shape: Shape) -> Sequence[Mapping[str, OptionValue]]:
+        if self.options.get(method):
+            return self.options[method]
+        declared = registry.verify_options(registry.require(method, self.plugins))
+        return declared if shape in self.selection.thorough else declared[:1]
+
+    def _case(self, method: str, options: Mapping[str, OptionValue], shape: Shape) -> Case:
+        return Case(
+            method=method,
+            options=dict(options),
+            model="verify",
+            architecture=shape.architecture(),
+            seq_len=shape.seq_len,
+            batch_size=shape.batch_size,
+            world_size=1 if method == "single" else shape.world_size,
+            dtype=shape.dtype,
+            stack=STACKS["long"],
+            device=self.device,
+            seed=self.seed,
+        )
 
 
-def verify(request: VerifyRequest, *, should_stop: Callable[[], bool] = lambda: False) -> VerifyReport:
-    """Verify every requested method and return the findings.
+class Display(Protocol):
+    """Shows a verification while it runs."""
+
+    def started(self, total: int, unsupported: int) -> None:
+        """So many cases are going to be checked."""
+
+    def running(self, phase: str) -> None:
+        """What runs now; called about ten times a second."""
+
+    def finished(self, result: Verification) -> None:
+        """A case has its findings."""
+
+
+def verify(
+    request: VerifyRequest, *, display: Display | None = None, should_stop: Callable[[], bool] = lambda: False
+) -> VerifyReport:
+    """Verify every requested method at every requested shape and return the findings.
 
     Args:
-        request: methods and shape.
+        request: methods and shapes.
+        display: told of the progress.
         should_stop: asked now and then; True ends the processes.
 
     Raises:
-        UsageError: a name, option or shape is wrong, or no requested method can run the shape (with every reason).
+        UsageError: a name, option or shape is wrong, or no requested method can run any shape (with every reason).
     """
     for name in dict.fromkeys((*request.methods, *request.options)):
         registry.require(name, request.plugins)
-    resolved = resolve_cases(request.cases(), request.plugins)
-    gpus = len(visible_gpus()[0])
-    limited = [
-        r if r.unsupported else r.model_copy(update={"unsupported": excess(r.case, gpus=gpus)})
-        for r in resolved
-    ]
-    if all(item.unsupported for item in limited):
-        lines = dict.fromkeys(f"{item.case.method}: {item.unsupported}" for item in limited)
+    items = request.items()
+    resolved = _resolved(items, request)
+    if all(item.unsupported for item in resolved):
+        lines = dict.fromkeys(f"{item.case.method}: {item.unsupported}" for item in resolved)
         raise UsageError("none of the requested methods can run this shape:\n  " + "\n  ".join(lines))
-    found: dict[str, Verification] = {}
-    for item in limited:
+    resolved_items = [
+        asked.model_copy(update={"case": item.case}) for asked, item in zip(items, resolved, strict=True)
+    ]
+    found: dict[int, Verification] = {}
+    for index, item in enumerate(resolved):
         if item.unsupported:
-            found[item.case.case_id] = _no_result(item.case, "unsupported", item.unsupported)
-    shape: dict[str, int | str] = {}
-    for size in sorted({item.case.world_size for item in limited if not item.unsupported}, reverse=True):
-        group = [item for item in limited if not item.unsupported and item.case.world_size == size]
-        report = _launched(group, request, should_stop)
-        shape = shape or report.shape
-        found |= {item.case.case_id: result for item, result in zip(group, report.results, strict=True)}
-    return VerifyReport(shape=shape, results=tuple(found[item.case.case_id] for item in limited))
+            found[index] = _no_result(resolved_items[index], "unsupported", item.unsupported)
+    waiting = {index: item for index, item in enumerate(resolved_items) if index not in found}
+    if display is not None:
+        display.started(len(waiting), len(found))
+    found |= _Launches(request, display, should_stop).run(waiting)
+    methods = {name: position for position, name in enumerate(request.methods)}
+    ordered = sorted(found, key=lambda index: (methods[found[index].method], index))
+    return VerifyReport.of(request.device, [found[index] for index in ordered])
 
 
-def _launched(
-    group: Sequence[ResolvedCase], request: VerifyRequest, should_stop: Callable[[], bool]
-) -> VerifyReport:
-    """Run methods of one world size together, or one by one when that gives no answer."""
-    with tempfile.TemporaryDirectory(prefix="cpbench-verify-") as folder:
-        job = Job(
-            case=group[0].case,
-            scratch=Path(folder) / "scratch",
-            log_dir=Path(folder) / "logs",
-            timeout_seconds=request.timeout_seconds,
-            plugins=tuple(path.absolute() for path in request.plugins),
-            worker=_WORKER,
-            extra={"cases": [item.case.model_dump(mode="json") for item in group]},
-        )
-        kills = host_oom_kills()
-        ended = launch(job, should_stop=should_stop)
-        if ended.interrupted:
-            raise KeyboardInterrupt
-        answer = job.folder / "report.json"
-        if ended.code == 0 and answer.is_file():
-            return VerifyReport.model_validate_json(answer.read_text(encoding="utf-8"))
-        outcome = explain(job, ended, oom_kills=host_oom_kills() - kills)
-    if len(group) == 1:
-        verdict = "unsupported" if outcome.status == "unsupported" else "error"
-        return VerifyReport(
-            shape={}, results=(_no_result(group[0].case, verdict, outcome.reason or outcome.status),)
-        )
-    reports = [_launched([item], request, should_stop) for item in group]
-    shape = next((report.shape for report in reports if report.shape), {})
-    return VerifyReport(shape=shape, results=tuple(report.results[0] for report in reports))
+def _resolved(items: Sequence[VerifyItem], request: VerifyRequest) -> list[ResolvedCase]:
+    gpus = len(visible_gpus()[0])
+    return [
+        item if item.unsupported else item.model_copy(update={"unsupported": excess(item.case, gpus=gpus)})
+        for item in resolve_cases([item.case for item in items], request.plugins)
+    ]
 
 
-def _no_result(case: Case, verdict: str, reason: str) -> Verification:
-    return Verification.model_validate(
-        {"method": case.method, "options": case.options, "verdict": verdict, "reason": reason}
+@dataclass(frozen=True, slots=True)
+class _Launches:
+    """Launches until every item has an answer."""
+
+    request: VerifyRequest
+    display: Display | None
+    should_stop: Callable[[], bool]
+
+    def run(self, items: Mapping[int, VerifyItem]) -> dict[int, Verification]:
+        found: dict[int, Verification] = {}
+        waiting = dict(items)
+        while waiting:
+            answers, begun, reason = self._launch(waiting)
+            found |= answers
+            waiting = {index: item for index, item in waiting.items() if index not in answers}
+            bad = [index for index in answers if answers[index].verdict == "error" and waiting]
+            if waiting and reason is not None:
+                # Before the first case nothing tells the methods apart; later, the case that ran is to blame.
+                blamed = [next(iter(waiting))] if begun else list(waiting)
+                for index in blamed:
+                    self._found(found, index, _no_result(waiting.pop(index), "error", reason))
+                bad = blamed
+            for index in bad:
+                self._give_up(found, waiting, items[index].case)
+        return found
+
+    def _give_up(self, found: dict[int, Verification], waiting: dict[int, VerifyItem], culprit: Case) -> None:
+        """Do not run a method and options again that have broken a launch."""
+        words = f"not run, because the processes did not survive {Shape.of(culprit).title}"
+        for index, item in list(waiting.items()):
+            if (item.case.method, item.case.options) == (culprit.method, culprit.options):
+                self._found(found, index, _no_result(waiting.pop(index), "error", words))
+
+    def _found(self, found: dict[int, Verification], index: int, result: Verification) -> None:
+        found[index] = result
+        if self.display is not None:
+            self.display.finished(result)
+
+    def _launch(self, items: Mapping[int, VerifyItem]) -> tuple[dict[int, Verification], bool, str | None]:
+        """Return (answers, whether a case had begun, why there are not more: None if the ranks ended by themselves)."""
+        positions = list(items)
+        request = self.request
+        with tempfile.TemporaryDirectory(prefix="cpbench-verify-") as folder:
+            job = Job(
+                case=max((item.case for item in items.values()), key=lambda case: case.world_size),
+                scratch=Path(folder) / "scratch",
+                log_dir=Path(folder) / "logs",
+                timeout_seconds=request.timeout_seconds,
+                plugins=tuple(path.absolute() for path in request.plugins),
+                worker=_WORKER,
+                extra={
+                    "items": [item.model_dump(mode="json") for item in items.values()],
+                    "collective_seconds": request.collective_seconds,
+                },
+            )
+            answers = _Answers(job.folder / _ANSWERS)
+            kills = host_oom_kills()
+            ended = launch(job, should_stop=self.should_stop, on_wait=lambda: self._show(job, answers))
+            if ended.interrupted:
+                raise KeyboardInterrupt
+            self._show(job, answers)
+            progress = read_progress(job.folder)
+            begun = bool(answers.found) or (
+                progress is not None and not progress.phase.startswith("counting")
+            )
+            found = {positions[answer.index]: answer.result for answer in answers.found}
+            if ended.code == 0:
+                return found, begun, None if found else "the ranks ended without an answer"
+            outcome = explain(job, ended, oom_kills=host_oom_kills() - kills)
+            return found, begun, outcome.reason or outcome.status
+
+    def _show(self, job: Job, answers: _Answers) -> None:
+        new = answers.read()
+        if self.display is None:
+            return
+        for answer in new:
+            self.display.finished(answer.result)
+        progress = read_progress(job.folder)
+        self.display.running("starting the processes" if progress is None else progress.phase)
+
+
+@dataclass(slots=True)
+class _Answers:
+    """The file that rank 0 adds lines to."""
+
+    path: Path
+    found: list[VerifyAnswer] = field(default_factory=list)
+
+    def read(self) -> Iterable[VerifyAnswer]:
+        """Return the answers since the last call."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return []
+        known = len(self.found)
+        for line in lines[known:]:
+            try:
+                self.found.append(VerifyAnswer.model_validate_json(line))
+            except ValidationError:  # half a line, still being written
+                break
+        return self.found[known:]
+
+
+def _no_result(item: VerifyItem, verdict: Verdict, reason: str) -> Verification:
+    case = item.case
+    return Verification(
+        method=case.method,
+        options=case.options,
+        given=item.given,
+        shape=Shape.of(case),
+        verdict=verdict,
+        reason=reason,
     )

@@ -2,13 +2,13 @@
 
 Source: arXiv 2310.01889, section 3; zigzag balance as in zhuzilin/ring-flash-attention.
 Communication: forward K/V (R-1 hops); backward K/V again, and dK/dV in float32 (R hops).
-Memory: own q, k, v, out; two travelling K/V blocks; float32 accumulators of out (forward), dq and dK/dV (backward).
+Memory: own q, out, dout; two K/V blocks, one in use and one arriving; out (forward) and dq (backward) in float32, and a
+    part of each; dK/dV in float32 twice, one sent and one arriving.
 Limits: s divisible by 2 R (zigzag) or R (contiguous); any number of heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch import Tensor
 from cpbench.case import Case
 from cpbench.errors import Unsupported, UsageError
 from cpbench.method import AttentionWeights, Costs, Layout, contiguous_segments, zigzag_segments
-from cpbench.runtime.attention_block import Produce, Saved, Take, attention_block
+from cpbench.runtime.attention_block import attention_block
 from cpbench.runtime.context import AttentionContext
-from cpbench.runtime.costs import HeadBytes
-from cpbench.runtime.ring_attention import RingAttention
+from cpbench.runtime.costs import core_costs
+from cpbench.runtime.ulysses_core import UlyssesCore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,46 +59,19 @@ class Ring:
 
     def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
         """Ring attention around full-width projections; see `cpbench.method.Method.attention`."""
-        return attention_block(x, weights, ctx, _RingCore(ctx, self.zigzag))
+        return attention_block(x, weights, ctx, UlyssesCore(ctx, self.zigzag))
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms for R ranks; K the bytes of all KV heads of the local n = s/R tokens; f = 4 / bytes per element.
+        """Closed forms for R ranks; M, K, L the bytes of q, of k and of lse, n = s/R tokens; f = 4 / bytes per element.
 
         Forward sends K and V on R-1 hops: 2K (R-1).  Backward sends them again, and dK, dV in float32 on R hops:
-        2K (R-1) + 2 f K R.
+        2K (R-1) + 2 f K R.  Peaks, for R > 2 and where no other moment of `core_costs` is larger: forward q, two
+        blocks of K/V, out in float32 and a part of it, (2+f)M + 4K + 2L; backward, with A the kernel's scratch, q, out,
+        dout, dq in float32 and a part of it, two blocks of K/V, a block's dK/dV, and their float32 sums twice:
+        (4+f)M + 5K + 4fK + L + A with zigzag (a block's keys are a half), one K more when contiguous.
         """
-        r, size = case.world_size, HeadBytes.of(case, tokens=case.tokens_per_rank)
-        if r == 1:
-            return Costs()
-        forward = 2 * size.kv * (r - 1)
-        return Costs(
-            forward_collective_bytes={"send": forward},
-            backward_collective_bytes={"send": forward + 2 * size.kv * 4 // size.element * r},
-        )
+        return core_costs(case, ring_degree=case.world_size, zigzag=self.zigzag)
 
 
 METHOD = Ring
-
-
-@dataclass(frozen=True, slots=True)
-class _RingCore:
-    ctx: AttentionContext
-    zigzag: bool
-
-    def inputs(self, produce: Produce, saved: Saved) -> None:
-        saved["v"], saved["k"], saved["q"] = produce("v"), produce("k"), produce("q")
-
-    def attend(self, saved: Saved) -> None:
-        saved["out"], saved["lse"] = self._ring().forward(saved["q"], saved["k"], saved["v"])
-
-    def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:
-        names = ("q", "k", "v", "out", "lse")
-        dq, dk, dv = self._ring().backward(dout(), *(saved.pop(name) for name in names))
-        take("q", dq)
-        del dq
-        take("k", dk)
-        del dk
-        take("v", dv)
-
-    def _ring(self) -> RingAttention:
-        return RingAttention(self.ctx.kernels, self.ctx.ring, self.ctx.scale, self.zigzag)
+VERIFY_OPTIONS = ({"layout_order": "contiguous"},)

@@ -8,7 +8,6 @@ Limits: world_size 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,8 +15,10 @@ from torch import Tensor
 from cpbench.case import Case
 from cpbench.errors import Unsupported
 from cpbench.method import AttentionWeights, Costs, Layout, contiguous_segments
-from cpbench.runtime.attention_block import Produce, Saved, Take, attention_block
+from cpbench.runtime.attention_block import attention_block
 from cpbench.runtime.context import AttentionContext
+from cpbench.runtime.costs import core_costs
+from cpbench.runtime.ulysses_core import UlyssesCore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,33 +38,15 @@ class Single:
 
     def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
         """Attention of all heads over all tokens; see `cpbench.method.Method.attention`."""
-        return attention_block(x, weights, ctx, _SingleCore(ctx))
+        return attention_block(x, weights, ctx, UlyssesCore(ctx))
 
     def costs(self, case: Case) -> Costs:
-        """Nothing is sent."""
-        return Costs()
+        """Nothing is sent.
+
+        With M, K the bytes of q and of k, L of the log-sum-exp, A of the kernel's scratch: forward holds at most q, k,
+        v, out, lse, 2M + 2K + L; backward q, k, v, out, dout, lse, dq, dk, dv, 4M + 4K + L + A.  See `core_costs`.
+        """
+        return core_costs(case, ring_degree=1)
 
 
 METHOD = Single
-
-
-@dataclass(frozen=True, slots=True)
-class _SingleCore:
-    ctx: AttentionContext
-
-    def inputs(self, produce: Produce, saved: Saved) -> None:
-        saved["v"], saved["k"], saved["q"] = produce("v"), produce("k"), produce("q")
-
-    def attend(self, saved: Saved) -> None:
-        saved["out"], saved["lse"] = self.ctx.kernels.forward(
-            saved["q"], saved["k"], saved["v"], causal=True, scale=self.ctx.scale
-        )
-
-    def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:
-        names = ("q", "k", "v", "out", "lse")
-        dq, dk, dv = self.ctx.kernels.backward(
-            dout(), *(saved.pop(name) for name in names), causal=True, scale=self.ctx.scale
-        )
-        take("q", dq)
-        take("k", dk)
-        take("v", dv)

@@ -9,7 +9,6 @@ Limits: num_heads divisible by the degree C; s divisible by C.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,11 +16,10 @@ from torch import Tensor
 from cpbench.case import Case
 from cpbench.errors import Unsupported
 from cpbench.method import AttentionWeights, Costs, Layout, contiguous_segments
-from cpbench.runtime.attention_block import Produce, Saved, Take, attention_block
-from cpbench.runtime.collectives import all_to_all_heads, all_to_all_sequence
+from cpbench.runtime.attention_block import attention_block
 from cpbench.runtime.context import AttentionContext
-from cpbench.runtime.costs import HeadBytes, sent
-from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replicas
+from cpbench.runtime.costs import core_costs
+from cpbench.runtime.ulysses_core import UlyssesCore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,63 +48,17 @@ class Ulysses:
 
     def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
         """Attention of H/C heads over the whole sequence; see `cpbench.method.Method.attention`."""
-        return attention_block(x, weights, ctx, _UlyssesCore(ctx))
+        return attention_block(x, weights, ctx, UlyssesCore(ctx))
 
     def costs(self, case: Case) -> Costs:
         """Closed forms for C ranks; M, K' the bytes of all query heads and of all KV copies of n = s/C tokens.
 
         An all-to-all of B bytes over C ranks sends B (C-1)/C.  Forward moves q, k, v, out: 2M + 2K'.  Backward moves
-        out, dout, dq, dk, dv: 3M + 2K'.
+        out, dout, dq, dk, dv: 3M + 2K'.  Peaks, with L the bytes of lse and A of the kernel's scratch: forward q, k, v,
+        out, lse, 2M + 2K' + L; backward q, k, v, out, dout, lse, dq, dk, dv, 4M + 4K' + L + A.  Exchanges stay below:
+        see `core_costs`.
         """
-        c, size = case.world_size, HeadBytes.of(case, tokens=case.tokens_per_rank)
-        kv = size.kv * replicas(case.architecture.num_kv_heads, c)
-        forward = 2 * sent(size.q, c) + 2 * sent(kv, c)
-        backward = 3 * sent(size.q, c) + 2 * sent(kv, c)
-        return Costs(
-            forward_collective_bytes={"all_to_all": forward} if c > 1 else {},
-            backward_collective_bytes={"all_to_all": backward} if c > 1 else {},
-        )
+        return core_costs(case, ring_degree=1)
 
 
 METHOD = Ulysses
-
-
-@dataclass(frozen=True, slots=True)
-class _UlyssesCore:
-    ctx: AttentionContext
-
-    def inputs(self, produce: Produce, saved: Saved) -> None:
-        group, recorder = self.ctx.ulysses, self.ctx.recorder
-        copies = replicas(self.ctx.case.architecture.num_kv_heads, group.size)
-        # One tensor at a time: its source is gone before the next is projected.
-        saved["v"] = all_to_all_heads(replicate_heads(produce("v"), copies), group, recorder)
-        saved["k"] = all_to_all_heads(replicate_heads(produce("k"), copies), group, recorder)
-        saved["q"] = all_to_all_heads(produce("q"), group, recorder)
-
-    def attend(self, saved: Saved) -> None:
-        out, saved["lse"] = self.ctx.kernels.forward(
-            saved["q"], saved["k"], saved["v"], causal=True, scale=self.ctx.scale
-        )
-        saved["out"] = all_to_all_sequence(out, self.ctx.ulysses, self.ctx.recorder)
-
-    def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:
-        group, recorder = self.ctx.ulysses, self.ctx.recorder
-        copies = replicas(self.ctx.case.architecture.num_kv_heads, group.size)
-        out = all_to_all_heads(saved.pop("out"), group, recorder)
-        dout_heads = all_to_all_heads(dout(), group, recorder)
-        dq, dk, dv = self.ctx.kernels.backward(
-            dout_heads,
-            saved.pop("q"),
-            saved.pop("k"),
-            saved.pop("v"),
-            out,
-            saved.pop("lse"),
-            causal=True,
-            scale=self.ctx.scale,
-        )
-        del out, dout_heads
-        take("q", all_to_all_sequence(dq, group, recorder))
-        del dq
-        take("k", sum_replicas(all_to_all_sequence(dk, group, recorder), copies))
-        del dk
-        take("v", sum_replicas(all_to_all_sequence(dv, group, recorder), copies))

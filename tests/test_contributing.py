@@ -31,4 +31,4 @@ def test_the_example_method_passes_the_documented_verification(tmp_path: Path) -
     )
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert re.search(r"gather-kv\W+pass", ended.stdout), ended.stdout
+    assert re.search(r"gather-kv\W+pass\W+5 of 5", ended.stdout), ended.stdout

@@ -138,8 +138,9 @@ def sweep(
         str | None,
         typer.Option(
             metavar="MODE",
-            help="auto, measure or estimate. auto measures if the visible GPUs suffice or the device is cpu, "
-            "else estimates (memory, counted over fake tensors).",
+            help="auto, measure, emulate (one rank of the world runs alone on one device) or estimate (over fake "
+            "tensors). auto measures if the visible GPUs suffice or the device is cpu, else emulates if there is a "
+            "GPU, else estimates.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -152,7 +153,24 @@ def sweep(
     hardware: Annotated[
         str | None,
         typer.Option(
-            metavar="H", help="Machine profile of estimates. Default: h100-80g.", rich_help_panel=_HOW
+            metavar="H",
+            help="Machine profile of estimates, and of the communication of emulated cases. Default: h100-80g.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="K", help="The rank that is emulated or estimated. Default: 0.", rich_help_panel=_HOW
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Run N layers of each model; the record says so. Default: all.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
     steps: Annotated[
@@ -266,6 +284,8 @@ def sweep(
         "mode": flags.choice("--mode", mode, _MODES),
         "device": flags.choice("--device", device, get_args(Device)),
         "hardware": hardware,
+        "rank": rank,
+        "layers": layers,
         "steps": steps,
         "warmup": warmup,
         "seed": seed,

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cpbench.case import Device, Dtype
 from cpbench.cli import flags
-from cpbench.verification import Verification, VerifyReport
+
+if TYPE_CHECKING:
+    from cpbench.selection import Selection
 
 EXAMPLES = (
     "Examples: [bold]cpbench verify[/] checks every method at 4 ranks. "
-    "[bold]cpbench verify --method upipe --world 8 --heads 16 --kv-heads 2[/] one method, fewer KV heads than ranks. "
-    "[bold]cpbench verify --method mine --plugin mine.py --dtype bfloat16[/] your own method."
+    "[bold]cpbench verify --method upipe --world 8 --heads 16 --kv-heads 2[/] one method, one shape. "
+    "[bold]cpbench verify --method mine --plugin mine.py --full[/] your own method, everything."
 )
-_PANEL_SHAPE = "Shape"
+_PIPE_WIDTH = 120
+_PANEL_SHAPE = "One shape instead of the standard ones"
+_PANEL_MATRIX = "Which shapes"
 
 
 def verify(
@@ -25,22 +29,61 @@ def verify(
         list[str] | None,
         typer.Option("--method", "-m", help="Method name; repeat or use commas; `all` is the default."),
     ] = None,
-    world: Annotated[
-        int, typer.Option("--world", help="Ranks, real processes.", rich_help_panel=_PANEL_SHAPE)
-    ] = 4,
-    heads: Annotated[int, typer.Option("--heads", help="Query heads.", rich_help_panel=_PANEL_SHAPE)] = 8,
+    world: Annotated[int, typer.Option("--world", help="Ranks, real processes.")] = 4,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            help=f"One or more of {', '.join(get_args(Dtype))}. float32 must agree to 1e-5; "
+            "bfloat16 may have 1.5 times the error of `ulysses` (of `single` where that cannot run).",
+        ),
+    ] = "float32",
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="One shape, declared option sets included, two stacks.",
+            rich_help_panel=_PANEL_MATRIX,
+        ),
+    ] = False,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Every option set at every standard shape, in both dtypes, and 4 random shapes.",
+            rich_help_panel=_PANEL_MATRIX,
+        ),
+    ] = False,
+    drawn: Annotated[
+        int | None,
+        typer.Option(
+            "--random", help="So many more shapes, drawn from --seed.", rich_help_panel=_PANEL_MATRIX
+        ),
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option("--heads", help="Query heads; default 8.", rich_help_panel=_PANEL_SHAPE),
+    ] = None,
     kv_heads: Annotated[
-        int, typer.Option("--kv-heads", help="KV heads; must divide --heads.", rich_help_panel=_PANEL_SHAPE)
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--kv-heads", help="KV heads; must divide --heads; default 4.", rich_help_panel=_PANEL_SHAPE
+        ),
+    ] = None,
     head_dim: Annotated[
-        int, typer.Option("--head-dim", help="Width of a head, even.", rich_help_panel=_PANEL_SHAPE)
-    ] = 32,
+        int | None,
+        typer.Option("--head-dim", help="Width of a head, even; default 32.", rich_help_panel=_PANEL_SHAPE),
+    ] = None,
     hidden: Annotated[
-        int, typer.Option("--hidden", help="Width of the residual stream.", rich_help_panel=_PANEL_SHAPE)
-    ] = 192,
+        int | None,
+        typer.Option(
+            "--hidden", help="Width of the residual stream; default 104.", rich_help_panel=_PANEL_SHAPE
+        ),
+    ] = None,
     layers: Annotated[
-        int, typer.Option("--layers", help="Blocks of the whole-model check.", rich_help_panel=_PANEL_SHAPE)
-    ] = 2,
+        int | None,
+        typer.Option("--layers", help="Blocks of the whole model; default 2.", rich_help_panel=_PANEL_SHAPE),
+    ] = None,
     seqlen: Annotated[
         str | None,
         typer.Option(
@@ -49,31 +92,43 @@ def verify(
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Sequences.", rich_help_panel=_PANEL_SHAPE)] = 1,
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Sequences; default 1.", rich_help_panel=_PANEL_SHAPE)
+    ] = None,
     qk_norm: Annotated[
         bool,
         typer.Option("--qk-norm", help="Norm queries and keys, as Qwen3 does.", rich_help_panel=_PANEL_SHAPE),
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help=f"One of {', '.join(get_args(Dtype))}.")] = "float32",
     device: Annotated[str, typer.Option("--device", help=f"One of {', '.join(get_args(Device))}.")] = "cpu",
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="method.field=value; several values check each."),
+        typer.Option(
+            "--option",
+            "-o",
+            help="method.field=value; several values check each. Default: the sets that the method declares.",
+        ),
     ] = None,
     plugin: Annotated[
         list[Path] | None, typer.Option("--plugin", help="Python file of a further method.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of inputs and weights.")] = 0,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one launch.")] = 600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of inputs, weights and random shapes.")] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one launch.")] = 3600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
 ) -> None:
-    """Compare methods with the reference in real processes.
+    """Compare methods with references in real processes.
 
-    Output, gradients of x and of every attention weight against textbook attention; a causality probe; loss and
-    gradient norm of the whole model over three optimizer steps against `single`. float32 must agree to 1e-5;
-    bfloat16 may have 1.5 times the error of `ulysses`. Exit code 1 if anything fails.
+    Output and every gradient of the attention block against textbook attention, also recomputed and with its output
+    kept in host memory; causality, forward and backward; heads in another order; bytes sent, and peaks at a long
+    length, against the method's closed forms; loss and gradient norm of the whole model over three optimizer steps in
+    several stacks against `single`. The standard shapes have MHA, GQA, fewer KV heads than ranks, head counts that are
+    no power of two or do not divide, one and two sequences. Exit code 1 if anything fails.
     """
+    from rich.console import Console
+
     from cpbench import registry
+    from cpbench.cli.verify_display import make_display
+    from cpbench.cli.verify_table import print_report
+    from cpbench.errors import UsageError
     from cpbench.interrupt import Interrupt
     from cpbench.units import parse_length
     from cpbench.verify import VerifyRequest
@@ -81,92 +136,66 @@ def verify(
 
     plugins = tuple(plugin or ())
     names = flags.split(method) or ["all"]
-    sizes = {"--world": world, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim}
-    sizes |= {"--hidden": hidden, "--layers": layers, "--batch": batch}
-    for flag, value in sizes.items():
-        flags.counts(flag, [str(value)])
+    shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "hidden_dim": hidden}
+    shape |= {"num_layers": layers, "batch_size": batch}
+    flag_names = ("--heads", "--kv-heads", "--head-dim", "--hidden", "--layers", "--batch")
+    for flag, value in (
+        *zip(flag_names, shape.values(), strict=True),
+        ("--world", world),
+        ("--random", drawn),
+    ):
+        flags.counts(flag, [] if value is None else [str(value)])
+    given: dict[str, object] = {name: value for name, value in shape.items() if value is not None}
+    given |= {} if seqlen is None else {"seq_len": parse_length(seqlen)}
+    given |= {"qk_norm": True} if qk_norm else {}
+    if sum((quick, full, bool(given))) > 1:
+        raise UsageError("--quick, --full and flags of one shape exclude one another; give one of them")
+    dtypes: list[Dtype] = [flags.choice("--dtype", item, get_args(Dtype)) for item in flags.split([dtype])]  # type: ignore[misc]  # checked just here
     request = VerifyRequest(
         methods=tuple(dict.fromkeys(registry.method_files(plugins) if "all" in names else names)),
         options={
             name: [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
             for name, fields in flags.option_sets(option).items()
         },
-        world_size=world,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        hidden_dim=hidden,
-        num_layers=layers,
-        seq_len=None if seqlen is None else parse_length(seqlen),
-        batch_size=batch,
-        qk_norm=qk_norm,
-        dtype=flags.choice("--dtype", dtype, get_args(Dtype)),  # type: ignore[arg-type]  # checked just here
         device=flags.choice("--device", device, get_args(Device)),  # type: ignore[arg-type]  # checked just here
         seed=seed,
         plugins=plugins,
         timeout_seconds=timeout,
+        selection=_selection(world, dtypes, given, quick=quick, full=full, drawn=drawn, seed=seed),
     )
-    with Interrupt() as interrupt:
-        report = run(request, should_stop=lambda: interrupt.came)
+    console = Console()
+    with Interrupt() as interrupt, make_display(Console(stderr=True)) as display:
+        report = run(request, display=display, should_stop=lambda: interrupt.came)
     if as_json:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        _print(report)
+        print_report(report, console if console.is_terminal else Console(width=_PIPE_WIDTH))
     if not report.passed:
         raise typer.Exit(1)
 
 
-def _print(report: VerifyReport) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _selection(
+    world: int,
+    dtypes: list[Dtype],
+    given: dict[str, object],
+    *,
+    quick: bool,
+    full: bool,
+    drawn: int | None,
+    seed: int,
+) -> Selection:
+    from cpbench import selection
+    from cpbench.shape import Shape, random_shapes
 
-    console = Console()
-    shape = ", ".join(f"{key} {value}" for key, value in report.shape.items())
-    console.print(f"Relative errors against the reference ({shape})", highlight=False)
-    table = Table()
-    for column in ("method", "verdict", "out", "gradients", "causality", "loss", "grad norm"):
-        table.add_column(
-            column, justify="left" if column in ("method", "verdict") else "right", no_wrap=column != "method"
+    if given:
+        common = {"world_size": world, "seq_len": 26 * world, "hidden_dim": 104} | given
+        shapes = [Shape.model_validate({**common, "dtype": dtype}) for dtype in dtypes]
+        return selection.one_shape([*shapes, *random_shapes(world, drawn or 0, seed, dtypes)])
+    if quick:
+        return selection.quick(world, dtypes)
+    if full:
+        every: tuple[Dtype, ...] = get_args(Dtype)
+        return selection.full(
+            world, every, random=selection.RANDOM_SHAPES if drawn is None else drawn, seed=seed
         )
-    for result in report.results:
-        table.add_row(
-            *_row(result), style=None if result.verdict == "pass" else "bold red" if result.checks else "dim"
-        )
-    baselines = {check.name: check.baseline for result in report.results for check in result.checks}
-    if any(value is not None for value in baselines.values()):
-        table.add_section()
-        table.add_row("baseline: ulysses", "", *_errors(baselines), style="dim")
-    console.print(table)
-    for result in report.results:
-        if result.reason:
-            console.print(f"{_title(result)}: {result.reason}", markup=False, highlight=False)
-
-
-def _row(result: Verification) -> list[str]:
-    return [
-        _title(result, "\n  "),
-        result.verdict,
-        *_errors({check.name: check.error for check in result.checks}),
-    ]
-
-
-def _errors(by_check: dict[str, float | None]) -> list[str]:
-    """The worst error of each group of checks: output, gradients, causality, loss, gradient norm."""
-    groups: list[list[float | None]] = [[], [], [], [], []]
-    for name, error in by_check.items():
-        position = {"out": 0, "causality": 2}.get(
-            name, 3 if name.startswith("loss") else 4 if " " in name else 1
-        )
-        groups[position].append(error)
-    return [_worst(group) for group in groups]
-
-
-def _worst(errors: list[float | None]) -> str:
-    if not errors:
-        return "-"
-    known = [error for error in errors if error is not None]
-    return "not finite" if len(known) < len(errors) else f"{max(known):.1e}"
-
-
-def _title(result: Verification, separator: str = " ") -> str:
-    return separator.join([result.method, *(f"{key}={value}" for key, value in result.options.items())])
+    return selection.standard(world, dtypes, random=drawn or 0, seed=seed)

@@ -12,14 +12,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor._op_schema import OpSchema
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cpbench.memory.timeline import Allocation, Event, Timeline
 from cpbench.runtime.kernels import scratch_bytes
@@ -28,19 +29,45 @@ from cpbench.runtime.recorder import Recorder
 _FSDP = "torch/distributed/fsdp/"
 _OURS = ("/cpbench/", "/methods/")
 _KERNELS = (torch.ops.cpbench.attention_forward.default, torch.ops.cpbench.attention_backward.default)
+_BETWEEN = ("__torch_dispatch__",)  # of modes around this one
 _REDUCE = ("post_backward", "foreach_reduce", "reduce_scatter")
+
+
+class Observer(Protocol):
+    """Whoever wants to know what ran, beside what was allocated."""
+
+    def ran(
+        self,
+        func: Any,  # noqa: ANN401 - torch's own signature
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        result: Any,  # noqa: ANN401 - whatever an operator returns
+    ) -> None:
+        """Take note of an operator that has just run."""
+
+    def freed(self, allocation: Allocation) -> None:
+        """Take note that memory is about to be freed."""
 
 
 class FakeTrace(TorchDispatchMode):
     """While entered, and with the recorder active, keeps a timeline of storages."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, observer: Observer | None = None) -> None:
         super().__init__()
         self.timeline = Timeline()
         self._recorder = recorder
+        self.observer = observer
         self._live: dict[int, tuple[Allocation, weakref.ref[Any]]] = {}
         self._stack = ExitStack()
+        self._paused = False
+        self.origins: dict[int, Allocation] = {}
+        """For each allocation (by `id`) that an operator over a list made: that of its counterpart in the list."""
         recorder.active, recorder.device_type, recorder.label = True, "fake", self._label
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here; torch's guard against that costs as much as an operator's own bookkeeping."""
+        return False
 
     def __enter__(self) -> FakeTrace:
         """Begin to follow storages."""
@@ -56,6 +83,19 @@ class FakeTrace(TorchDispatchMode):
             return result
 
         self._stack.enter_context(patch.object(torch.UntypedStorage, "resize_", resize_))
+        # DTensor finds out the shape of a result by running the operator on fake tensors of full size.
+        propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def unseen(propagator: ShardingPropagator, schema: OpSchema) -> object:
+            before, trace._paused = trace._paused, True
+            try:
+                return propagate(propagator, schema)
+            finally:
+                trace._paused = before
+
+        self._stack.enter_context(
+            patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen)
+        )
         super().__enter__()
         return self
 
@@ -63,6 +103,11 @@ class FakeTrace(TorchDispatchMode):
         """Stop."""
         super().__exit__(*error)
         self._stack.close()
+
+    def allocation_of(self, tensor: Tensor) -> Allocation | None:
+        """Return the allocation that holds a tensor now; None if it was not seen."""
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[0]
 
     def __torch_dispatch__(
         self,
@@ -72,23 +117,46 @@ class FakeTrace(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         """Run an operator and note what it allocated."""
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         scratch = scratch_bytes(func, args) if func in _KERNELS else 0
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            # A DTensor's own storage stands for the whole tensor, and meta tensors are no memory on any device; the
-            # shard inside a DTensor comes by as an operator of its own.
-            if isinstance(leaf, FakeTensor) and leaf.device.type != "meta":
-                self._see(leaf.untyped_storage())
+        result = func(*args, **kwargs)
+        self._look(result)
+        if isinstance(result, tuple | list) and args and isinstance(args[0], tuple | list):
+            self._pair(result, args[0])
         if scratch:
             self._scratch(scratch)
+        if self.observer is not None:
+            self.observer.ran(func, args, kwargs, result)
         return result
+
+    def _look(self, result: Any) -> None:  # noqa: ANN401 - whatever an operator returns
+        # A DTensor's own storage stands for the whole tensor, and meta tensors are no memory on any device; the
+        # shard inside a DTensor comes by as an operator of its own.
+        if isinstance(result, FakeTensor):
+            if result.fake_device.type != "meta":
+                self._see(result.untyped_storage())
+        elif isinstance(result, tuple | list):
+            for part in result:
+                self._look(part)
+
+    def _pair(self, results: Sequence[Any], given: Sequence[Any]) -> None:
+        if len(results) == len(given) and all(isinstance(t, FakeTensor) for t in (*results, *given)):
+            for made, source in zip(
+                map(self.allocation_of, results), map(self.allocation_of, given), strict=True
+            ):
+                if made is not None and source is not None and made is not source:
+                    self.origins[id(made)] = source
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        size = storage.size()
-        if key in self._live or size == 0:
+        if key in self._live:
             return
-        allocation = Allocation(bytes=size, scope=tuple(self._recorder.path), site=_site(sys._getframe(2)))
+        size = storage.size()
+        if size == 0:
+            return
+        allocation = Allocation(bytes=size, scope=tuple(self._recorder.path), site=_site(sys._getframe(1)))
         self._live[key] = (allocation, weakref.ref(storage, self._finaliser(key)))
         self.timeline.events.append(Event(allocation, False, allocation.scope))
 
@@ -98,6 +166,8 @@ class FakeTrace(TorchDispatchMode):
     def _free(self, key: int) -> None:
         if key in self._live:
             allocation, _ = self._live.pop(key)
+            if self.observer is not None:
+                self.observer.freed(allocation)
             self.timeline.events.append(Event(allocation, True, tuple(self._recorder.path)))
 
     def _scratch(self, size: int) -> None:
@@ -121,7 +191,9 @@ def _site(frame: FrameType | None) -> str:
         if _FSDP in name and not fsdp.startswith("FSDP::reduce"):
             reduce = any(part in frame.f_code.co_name for part in _REDUCE)
             fsdp = "FSDP::reduce" if reduce else "FSDP::all_gather"
-        elif frame.f_code.co_name != "__torch_dispatch__" and any(part in name for part in _OURS):
+        elif frame.f_code.co_name in _BETWEEN or name == __file__:
+            pass
+        elif any(part in name for part in _OURS):
             ours = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
         frame, depth = frame.f_back, depth + 1
     return " > ".join(part for part in (ours, fsdp) if part)

@@ -22,6 +22,10 @@ class Allocation:
     """Made and freed within one call of an attention kernel."""
     label: str | None = None
     """What a mark said it is."""
+    shape: tuple[int, ...] | None = None
+    """Of the tensor it was made for, where the source knows it."""
+    dtype: str | None = None
+    """The same, for example `bfloat16`."""
 
 
 @dataclass(slots=True)

@@ -102,17 +102,17 @@ class RingAttention:
             totals[0][:, keys] += dk
             totals[1][:, keys] += dv
             del dk, dv
-            travel.finish()
             home = ring_pass(totals, self.group)
             del totals
+            travel.finish()
         del dout, q, out, lse
         dq = dq.to(dtype)
         for _ in range(last + 1, self.group.size):
             travel.start()
             totals, home = _arrived(home), None
-            travel.finish()
             home = ring_pass(totals, self.group)
             del totals
+            travel.finish()
         (dk, dv), home = _arrived(home), None
         return dq, dk.to(dtype), dv.to(dtype)
 

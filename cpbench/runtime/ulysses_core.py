@@ -3,7 +3,8 @@
 With both groups of size one it is plain attention; with one of them, Ulysses or ring attention; with both, the hybrid.
 
 Exchanges run beside projections where that costs no memory: v's beside the projection of k, k's beside that of q, and
-in backward that of out beside the projection of dout.  Each tensor is given up the moment its last reader has it.
+in backward that of out beside the projection of dout.  Each tensor is given up the moment its last reader has it,
+which is why exchanges are called here and not through a method of the core: its frame would hold their argument.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cpbench.runtime.attention_block import Produce, Saved, Take
-from cpbench.runtime.collectives import HeadsPending, all_to_all_sequence, start_all_to_all_heads
+from cpbench.runtime.collectives import all_to_all_sequence, start_all_to_all_heads
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replicas
 from cpbench.runtime.ring_attention import RingAttention
@@ -30,14 +31,14 @@ class UlyssesCore:
 
     def inputs(self, produce: Produce, saved: Saved) -> None:
         """Project and exchange v, k and q, `[b, n, h, e] -> [b, s/R, h/C, e]`."""
-        copies = self.copies
-        exchange = self.start(replicate_heads(produce("v"), copies))
+        group, recorder, copies = self.ctx.ulysses, self.ctx.recorder, self.copies
+        exchange = start_all_to_all_heads(replicate_heads(produce("v"), copies), group, recorder)
         saved["k"] = produce("k")
         saved["v"] = exchange.wait()
-        exchange = self.start(replicate_heads(saved.pop("k"), copies))
+        exchange = start_all_to_all_heads(replicate_heads(saved.pop("k"), copies), group, recorder)
         saved["q"] = produce("q")
         saved["k"] = exchange.wait()
-        saved["q"] = self.start(saved.pop("q")).wait()
+        saved["q"] = start_all_to_all_heads(saved.pop("q"), group, recorder).wait()
 
     def attend(self, saved: Saved, *, keep: bool) -> None:
         """Attention of h/C heads with the keys of the ring."""
@@ -52,11 +53,12 @@ class UlyssesCore:
         saved["out"] = all_to_all_sequence(saved.pop("out"), self.ctx.ulysses, self.ctx.recorder)
 
     def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:
-        """Exchange out and dout, run the kernel, exchange each gradient home."""
-        exchange = self.start(saved.pop("out"))
+        """Exchange out and dout, run the kernel, exchange each gradient home and sum it over the copies of a head."""
+        group, recorder, copies = self.ctx.ulysses, self.ctx.recorder, self.copies
+        exchange = start_all_to_all_heads(saved.pop("out"), group, recorder)
         saved["dout"] = dout()
         saved["out"] = exchange.wait()
-        saved["dout"] = self.start(saved.pop("dout")).wait()
+        saved["dout"] = start_all_to_all_heads(saved.pop("dout"), group, recorder).wait()
         saved["q"], saved["k"], saved["v"] = self.ring.backward(
             saved.pop("dout"),
             saved.pop("q"),
@@ -65,17 +67,9 @@ class UlyssesCore:
             saved.pop("out"),
             saved.pop("lse"),
         )
-        take("q", self.home(saved.pop("q"), 1))
-        take("k", self.home(saved.pop("k"), self.copies))
-        take("v", self.home(saved.pop("v"), self.copies))
-
-    def home(self, grad: Tensor, copies: int) -> Tensor:
-        """Exchange a gradient, `[b, s/R, h/C, e] -> [b, n, h, e]`, and sum it over the copies of each head."""
-        return sum_replicas(all_to_all_sequence(grad, self.ctx.ulysses, self.ctx.recorder), copies)
-
-    def start(self, t: Tensor) -> HeadsPending:
-        """Start to exchange sequence for heads."""
-        return start_all_to_all_heads(t, self.ctx.ulysses, self.ctx.recorder)
+        take("q", all_to_all_sequence(saved.pop("q"), group, recorder))
+        take("k", sum_replicas(all_to_all_sequence(saved.pop("k"), group, recorder), copies))
+        take("v", sum_replicas(all_to_all_sequence(saved.pop("v"), group, recorder), copies))
 
     @property
     def copies(self) -> int:

@@ -3,16 +3,21 @@
 On CPU the first two steps run under the memory trace (the second is the one reported: the first makes the optimizer
 states) and are warm-up; the timed steps run without any instrumentation.  On CUDA the same two steps give the split by
 category, and the headline peaks come from the allocator's statistics over the timed steps.
+
+An emulated rank makes its optimizer states without a first step, because values do not matter there: one traced step
+saves much time at long lengths.
 """
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +26,22 @@ import torch.distributed as dist
 
 from cpbench import registry
 from cpbench.case import Case
-from cpbench.errors import Unsupported
 from cpbench.machine import nvml
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.cpu_trace import CpuTrace
 from cpbench.memory.cuda_trace import CudaTrace
+from cpbench.method import Method
 from cpbench.progress_file import write_progress
-from cpbench.record import Memory, RankReport, Software, StepSample, WorkerReport
+from cpbench.record import Memory, RankReport, ShallowSteps, Software, StepSample, WorkerReport
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
 from cpbench.runtime.recorder import Recorder
 from cpbench.train import TrainStep, World
+from cpbench.world.emulate import counting, emulated_world, modelled_communication
 from cpbench.world.estimate import estimate_case
 from cpbench.world.measure import measured_world
 
 TRACED_STEPS = 2
-"""Steps under the memory trace; they count as warm-up."""
+"""Steps under the memory trace; they count as warm-up.  The first is left out of an emulated case."""
 
 
 def run_case(case: Case, plugins: Sequence[Path], scratch: Path) -> WorkerReport:
@@ -50,14 +56,56 @@ def run_case(case: Case, plugins: Sequence[Path], scratch: Path) -> WorkerReport
     method.check(case)
     if case.mode == "estimate":
         write_progress(scratch, phase="counting memory over fake tensors", done=0, total=1, now=time.time())
-        return estimate_case(case, method)
+        return estimate_case(case, method, rank=case.rank or 0)
     if case.mode == "emulate":
-        raise Unsupported("mode emulate is not available yet; use --mode measure or --mode estimate")
+        return _emulated(case, method, scratch)
     with measured_world(case, method.layout(case, 0)) as world:
         run = CaseRun(case, world, scratch)
         step = run.traced(method)
         run.timed(step)
         return _gathered(run.report(step), world)
+
+
+def _emulated(case: Case, method: Method, scratch: Path) -> WorkerReport:
+    """Run one rank alone; nothing of it is left when its communication is modelled."""
+    rank = case.rank or 0
+    with emulated_world(case, method.layout(case, rank), rank) as world:
+        run = CaseRun(case, world, scratch)
+        step = run.traced(method)
+        run.timed(step)
+        report = run.report(step)
+        del step
+        report, notes = _with_shallow_steps(case, method, world, scratch, report)
+    communication = modelled_communication(case, method, rank)
+    return WorkerReport(
+        ranks=(report,),
+        software=_software(world.device),
+        gpu=_gpu(world.device),
+        communication_seconds=communication.seconds,
+        notes=(*notes, communication.note),
+    )
+
+
+def _with_shallow_steps(
+    case: Case, method: Method, world: World, scratch: Path, report: RankReport
+) -> tuple[RankReport, tuple[str, ...]]:
+    """The report with the times of half as many layers, if it is to be scaled to all of the model's; and notes."""
+    layers = case.architecture.num_layers
+    if case.model_layers is None:
+        return report, ()
+    ran = f"{layers} of the model's {case.model_layers} layers ran: memory and durations are theirs"
+    if layers == 1 or case.stack.save_attention:
+        why = "one layer count" if layers == 1 else "layers of two kinds (save_attention)"
+        return report, (f"{ran}; nothing is scaled, because {why} cannot say what a layer costs",)
+    gc.collect()  # FSDP's modules hold one another
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    few = case.architecture.model_copy(update={"num_layers": layers // 2})
+    run = CaseRun(case.model_copy(update={"architecture": few}), world, scratch)
+    run.timed(run.prepared(method))
+    shallow = ShallowSteps(layers=layers // 2, step_seconds=tuple(s.step_seconds for s in run.samples))
+    note = f"{ran}; only compute_seconds_of_model is for all, from the steps of {layers // 2} and {layers} layers"
+    return report.model_copy(update={"shallow": shallow}), (note,)
 
 
 class CaseRun:
@@ -75,10 +123,21 @@ class CaseRun:
         self._scratch = scratch
         self._reserved = 0
         self._allocated = 0
+        self._emulated = case.mode == "emulate"
+        self._first = TRACED_STEPS - 1 if self._emulated else 0
         self._total = max(case.warmup, TRACED_STEPS) + case.steps
 
+    def prepared(self, method: Method) -> TrainStep:
+        """Build the step and run the warm-up that the trace would be."""
+        step = TrainStep(self.case, method, self.world, Recorder(device_type=self.world.device.type))
+        if self._emulated:
+            step.make_optimizer_states()
+        for index in range(self._first, TRACED_STEPS):
+            self._one(step, index)
+        return step
+
     def traced(self, method: Any) -> TrainStep:  # noqa: ANN401 - a Method, loaded by name
-        """Build the step and run the first two under the memory trace."""
+        """Build the step and run the first ones under the memory trace."""
         recorder = Recorder(device_type=self.world.device.type)
         self._progress("building the model", 0)
         if self.world.device.type == "cpu":
@@ -89,10 +148,11 @@ class CaseRun:
             step = TrainStep(self.case, method, self.world, recorder)
             trace = CudaTrace(recorder)
             trace.start()
-        for index in range(TRACED_STEPS):
-            # Collectives are counted in the first step: the counting mode would blur the profiler's nesting.
-            counting = CountCollectives(self.log) if index == 0 else nullcontext()
-            with recorder.scope(f"step:{index}"), counting:
+        if self._emulated:
+            with recorder.scope("step:0"):
+                step.make_optimizer_states()
+        for index in range(self._first, TRACED_STEPS):
+            with recorder.scope(f"step:{index}"), self._counting(index):
                 self._one(step, index)
         timeline = trace.stop()
         if timeline.unseen_frees:
@@ -115,6 +175,12 @@ class CaseRun:
                 self._allocated = max(self._allocated, torch.cuda.max_memory_allocated())
                 self._reserved = max(self._reserved, torch.cuda.max_memory_reserved())
 
+    def _counting(self, index: int) -> AbstractContextManager[object]:
+        """Counts the collectives of the first step: the counting mode would blur the profiler's nesting."""
+        if index != self._first:
+            return nullcontext()
+        return counting(self.log) if self._emulated else CountCollectives(self.log)
+
     def report(self, step: TrainStep) -> RankReport:
         """Return what this rank measured."""
         if self.log.unknown:
@@ -130,6 +196,7 @@ class CaseRun:
             grad_norms=tuple(self.grad_norms),
             collective_bytes=self.log.bytes,
             collective_calls=self.log.calls,
+            collectives_hash=hashlib.sha256(repr(self.log.sequence).encode()).hexdigest()[:16],
             attention_backend=step.kernels.name,
         )
 
@@ -156,6 +223,7 @@ class CaseRun:
             "attention_intermediate_peak_bytes": numbers.attention_peak,
             "attention_forward_peak_bytes": numbers.attention_forward_peak,
             "attention_backward_peak_bytes": numbers.attention_backward_peak,
+            "attention_stage_peak_bytes": numbers.attention_stage_peak,
             "peak_by_category_bytes": numbers.by_category,
             "peak_by_phase_bytes": numbers.by_phase,
             "largest_at_peak": numbers.largest,
@@ -193,8 +261,11 @@ def _gathered(report: RankReport, world: World) -> WorkerReport:
         RankReport.model_validate_json(bytes(row[:length].tolist()))
         for row, length in zip(padded.cpu(), lengths.tolist(), strict=True)
     )
-    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else None
-    return WorkerReport(ranks=ranks, software=_software(world.device), gpu=gpu)
+    return WorkerReport(ranks=ranks, software=_software(world.device), gpu=_gpu(world.device))
+
+
+def _gpu(device: torch.device) -> str | None:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def _software(device: torch.device) -> Software:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cpbench.launch import (
     Job,
     Nodes,
     child_environment,
+    job_command,
     launch,
     read_progress,
     torchrun_command,
@@ -222,6 +224,43 @@ def test_nodes_and_endpoint_pass_through() -> None:
     assert "--nproc-per-node 4 --nnodes 2 --node-rank 1" in command
     assert "--rdzv-endpoint host0:29400 --rdzv-id r-" in command
     assert job.launcher_log.name == "launcher-node1.log"
+
+
+def estimate_job(folder: Path, act: str) -> Job:
+    job = fake_job(folder, act)
+    case = job.case.model_copy(update={"mode": "estimate"})
+    return replace(job, case=case)
+
+
+def test_an_estimate_is_a_plain_process(tmp_path: Path, token: str) -> None:
+    """Without torchrun the report comes back the same way and nothing stays alive."""
+    job = estimate_job(tmp_path, "ok")
+
+    assert "torch.distributed.run" not in job_command(job)
+    outcome = run(job)
+    assert outcome.status == "ok"
+    assert outcome.report is not None
+    assert [rank.rank for rank in outcome.report.ranks] == [0]
+    assert alive(token) == []
+
+
+@pytest.mark.parametrize(("kills", "status"), [(0, "error"), (1, "oom_host")])
+def test_a_signal_ends_an_estimate_as_it_ends_a_rank(tmp_path: Path, kills: int, status: str) -> None:
+    """The one process is rank 0: a SIGKILL by the kernel's out-of-memory killer is out of host memory."""
+    job = estimate_job(tmp_path, "ok")
+    prepare(job)
+    outcome = ended(job, code=128 + 9, oom_kills=kills)
+
+    assert outcome.status == status
+    assert str(outcome.reason).startswith("rank 0 was killed")
+
+
+def test_an_estimate_that_hangs_times_out_with_all_its_processes(tmp_path: Path, token: str) -> None:
+    """Time-out and clean-up do not depend on torchrun."""
+    outcome = run(replace(estimate_job(tmp_path, "stubborn"), timeout_seconds=2.0))
+
+    assert outcome.status == "timeout"
+    assert alive(token) == []
 
 
 @pytest.mark.parametrize("mode", ["emulate", "estimate"])

@@ -8,25 +8,28 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cpbench.method import AttentionWeights
-from cpbench.runtime.attention_block import Saved, Take, attention_block
-from cpbench.runtime.collectives import all_to_all_heads, all_to_all_sequence
+from cpbench.runtime.attention_block import Saved, Take, Which, attention_block
 from cpbench.runtime.context import AttentionContext
-from cpbench.runtime.kv_replication import replicas
-from methods.ulysses import Ulysses, _UlyssesCore
+from cpbench.runtime.ulysses_core import UlyssesCore
+from methods.ulysses import Ulysses
 
 
 @dataclass(frozen=True, slots=True)
-class _BrokenCore(_UlyssesCore):
+class _BrokenCore(UlyssesCore):
     def backward(self, saved: Saved, dout: Callable[[], Tensor], take: Take) -> None:
-        group, recorder = self.ctx.ulysses, self.ctx.recorder
-        copies = replicas(self.ctx.case.architecture.num_kv_heads, group.size)
-        out = all_to_all_heads(saved.pop("out"), group, recorder)
-        q, k, v, lse = (saved.pop(name) for name in ("q", "k", "v", "lse"))
-        dout_heads = all_to_all_heads(dout(), group, recorder)
-        grads = self.ctx.kernels.backward(dout_heads, q, k, v, out, lse, causal=True, scale=self.ctx.scale)
-        take("q", all_to_all_sequence(grads[0], group, recorder))
-        take("k", all_to_all_sequence(grads[1], group, recorder)[:, :, ::copies].contiguous())
-        take("v", all_to_all_sequence(grads[2], group, recorder)[:, :, ::copies].contiguous())
+        copies = self.copies
+
+        def take_first(which: Which, grad: Tensor) -> None:
+            take(which, grad if which == "q" else grad[:, :, ::copies].contiguous())
+
+        UlyssesCore.backward(_Unsummed(self.ctx), saved, dout, take_first)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unsummed(UlyssesCore):
+    @property
+    def copies(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)

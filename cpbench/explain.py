@@ -1,0 +1,144 @@
+"""Runs `cpbench explain`: estimates a case, takes its peak apart, and estimates it again with other stack options."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from cpbench.case import Case, Stack
+from cpbench.errors import UsageError
+from cpbench.expand import resolve_cases
+from cpbench.explanation import Anatomy, Explanation, OptionEffect
+from cpbench.hardware import MARGIN, load_hardware
+from cpbench.launch import child_environment
+from cpbench.run_folder import RunFolder
+
+_SECONDS = 1800.0
+_SWITCHES = ("tile_mlp", "tile_norm", "tile_loss", "optimizer_offload")
+
+
+def cases_of_run(folder: Path, names: Sequence[str]) -> tuple[list[Case], tuple[Path, ...]]:
+    """Return the cases of a run whose ids begin with the given texts, and the run's plug-ins.
+
+    Raises:
+        UsageError: no case or several cases begin with a text.
+        RunFolderError: the folder holds no run.
+    """
+    info = RunFolder(folder).read_info()
+    plugins = tuple(Path(path) for path in info.plugins)
+    requested = info.scenario.expand(mode=info.mode, device=info.device)
+    resolved = {item.case.case_id: item.case for item in resolve_cases(requested, plugins)}
+    found = []
+    for name in names:
+        fitting = [case_id for case_id in resolved if case_id.startswith(name)]
+        if len(fitting) != 1:
+            known = ", ".join(fitting or resolved)
+            raise UsageError(f"case {name!r}: {len(fitting)} cases of the run begin so; its cases: {known}")
+        found.append(resolved[fitting[0]])
+    return found, plugins
+
+
+def explain(
+    case: Case,
+    plugins: Sequence[Path],
+    *,
+    options: bool = True,
+    said: Callable[[str], None] = lambda _: None,
+) -> Explanation:
+    """Return why the peak of a case is where it is.
+
+    Args:
+        case: as asked for or resolved; it is estimated, whatever its mode.
+        plugins: files of further methods.
+        options: also estimate it with each stack option changed.
+        said: told what runs.
+
+    Raises:
+        UsageError: the case cannot run, or an option is wrong.
+    """
+    asked = case.model_copy(update={"mode": "estimate"})
+    item = resolve_cases([asked], plugins)[0]
+    if item.unsupported:
+        raise UsageError(f"{case.title}: {item.unsupported}")
+    said(f"estimating {item.case.title}")
+    answer = _ask(item.case, plugins, whole=True)
+    if "unsupported" in answer:
+        raise UsageError(f"{case.title}: {answer['unsupported']}")
+    effects = []
+    for name, value, stack in _changed(item.case.stack) if options else ():
+        said(f"estimating {item.case.title} with {name}={value}")
+        effects.append(_effect(item.case.model_copy(update={"stack": stack}), plugins, name, value))
+    return Explanation(
+        case=item.case,
+        anatomy=Anatomy.model_validate(answer),
+        options=tuple(sorted(effects, key=lambda effect: (effect.peak_bytes is None, effect.peak_bytes or 0))),
+        device_bytes=_room(item.case),
+    )
+
+
+def _changed(stack: Stack) -> Iterator[tuple[str, str, Stack]]:
+    """Every option of a stack changed, one at a time; options that another needs are left alone."""
+    raw = stack.model_dump()
+    other: list[tuple[str, Any]] = [("checkpoint", "none" if stack.checkpoint == "full" else "full")]
+    other.append(("offload", "none" if stack.offload == "inputs" else "inputs"))
+    other += [(name, not raw[name]) for name in _SWITCHES]
+    for name, value in other:
+        try:
+            changed = Stack.model_validate(raw | {name: value})
+        except ValidationError:
+            continue
+        yield name, str(value).lower(), changed
+
+
+def _effect(case: Case, plugins: Sequence[Path], name: str, value: str) -> OptionEffect:
+    item = resolve_cases([case], plugins)[0]
+    answer = {"unsupported": item.unsupported} if item.unsupported else _ask(item.case, plugins, whole=False)
+    if "unsupported" in answer:
+        return OptionEffect(option=name, value=value, peak_bytes=None, reason=str(answer["unsupported"]))
+    return OptionEffect(
+        option=name, value=value, peak_bytes=answer["peak_bytes"], host_bytes=answer["host_bytes"]
+    )
+
+
+def _room(case: Case) -> int | None:
+    """Bytes that tensors may take: the device's, without context, communicators' share and margin."""
+    if case.hardware is None:
+        return None
+    hardware = load_hardware(case.hardware)
+    return int((hardware.device_memory_bytes - hardware.context_bytes) / (1 + MARGIN))
+
+
+def _ask(case: Case, plugins: Sequence[Path], *, whole: bool) -> dict[str, Any]:
+    """Run the worker.
+
+    Raises:
+        RuntimeError: it failed without saying why; a defect of cpbench.
+    """
+    request = {
+        "case": case.model_dump(mode="json"),
+        "plugins": [str(path.absolute()) for path in plugins],
+        "whole": whole,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "cpbench.explain_worker"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        env=child_environment("cpu", 1, single_node=True),
+        timeout=_SECONDS,
+        check=False,
+    )
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = None
+    if done.returncode or not isinstance(answer, dict):
+        tail = "\n".join(done.stderr.splitlines()[-15:])
+        raise RuntimeError(f"cpbench.explain_worker ended with code {done.returncode} and no answer:\n{tail}")
+    return answer
