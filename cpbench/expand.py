@@ -153,7 +153,7 @@ def excess(case: Case, *, gpus: int | None) -> str | None:
         return None
     return (
         f"world_size={case.world_size} needs {local} {kind} per node in measure mode, but this machine "
-        f"allows {limit}; lower --world, add --nodes, or use --mode estimate"
+        f"allows {limit}; lower --world, add --nodes, or use --mode emulate or --mode estimate"
     )
 
 

@@ -15,7 +15,7 @@ from cpbench.case import Case, Stack
 from cpbench.errors import UsageError
 from cpbench.expand import resolve_cases
 from cpbench.explanation import Anatomy, Explanation, OptionEffect
-from cpbench.hardware import MARGIN, load_hardware
+from cpbench.hardware import MARGIN, fit, load_hardware
 from cpbench.launch import child_environment
 from cpbench.run_folder import RunFolder
 
@@ -77,7 +77,9 @@ def explain(
     return Explanation(
         case=item.case,
         anatomy=Anatomy.model_validate(answer),
-        options=tuple(sorted(effects, key=lambda effect: (effect.peak_bytes is None, effect.peak_bytes or 0))),
+        options=tuple(
+            sorted(effects, key=lambda effect: (effect.peak_bytes is None, effect.peak_bytes or 0))
+        ),
         device_bytes=_room(item.case),
     )
 
@@ -98,7 +100,12 @@ def _changed(stack: Stack) -> Iterator[tuple[str, str, Stack]]:
 
 def _effect(case: Case, plugins: Sequence[Path], name: str, value: str) -> OptionEffect:
     item = resolve_cases([case], plugins)[0]
-    answer = {"unsupported": item.unsupported} if item.unsupported else _ask(item.case, plugins, whole=False)
+    if item.unsupported:
+        return OptionEffect(option=name, value=value, peak_bytes=None, reason=item.unsupported)
+    try:
+        answer = _ask(item.case, plugins, whole=False)
+    except RuntimeError as error:  # what is known of the case itself must not be lost with it
+        answer = {"unsupported": f"the estimate failed: {str(error).splitlines()[-1]}"}
     if "unsupported" in answer:
         return OptionEffect(option=name, value=value, peak_bytes=None, reason=str(answer["unsupported"]))
     return OptionEffect(
@@ -107,11 +114,12 @@ def _effect(case: Case, plugins: Sequence[Path], name: str, value: str) -> Optio
 
 
 def _room(case: Case) -> int | None:
-    """Bytes that tensors may take: the device's, without context, communicators' share and margin."""
+    """Bytes that tensors may take on the device of the case's machine profile."""
     if case.hardware is None:
         return None
     hardware = load_hardware(case.hardware)
-    return int((hardware.device_memory_bytes - hardware.context_bytes) / (1 + MARGIN))
+    overhead = fit(case, hardware, peak_bytes=0, host_bytes=0).device_needed_bytes
+    return int((hardware.device_memory_bytes - overhead) / (1 + MARGIN))
 
 
 def _ask(case: Case, plugins: Sequence[Path], *, whole: bool) -> dict[str, Any]:

@@ -156,6 +156,8 @@ class WorkerReport(_Facts):
     gpu: str | None = None
     communication_seconds: float | None = None
     """Emulation only: by how much communication would prolong a step, by the time model."""
+    estimated_peak_bytes: int | None = None
+    """Emulation only: `peak_allocated_bytes` by the estimate."""
     notes: tuple[str, ...] = ()
     """See `Record.notes`."""
 
@@ -256,6 +258,8 @@ class Record(_Facts):
     """Of the rank with the highest peak."""
     peak_by_phase_bytes: dict[str, int] = Field(default_factory=dict)
     """Maximum over ranks of each phase."""
+    estimated_peak_bytes: int | None = None
+    """Emulation only: `peak_allocated_bytes` by the estimate of the same case and rank."""
     spread: dict[str, Spread] = Field(default_factory=dict)
     """Over ranks, by name of the memory quantity."""
 
@@ -330,6 +334,7 @@ class Record(_Facts):
             reason=reason,
             warnings=tuple(warnings),
             notes=report.notes,
+            estimated_peak_bytes=report.estimated_peak_bytes,
             gpu=report.gpu,
             attention_backend=ranks[0].attention_backend,
             peak_by_category_bytes=worst.memory.peak_by_category_bytes,

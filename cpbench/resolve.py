@@ -49,7 +49,9 @@ def _with_rank(case: Case) -> Case:
     """The case with the rank that is emulated."""
     if case.mode == "measure":
         if case.rank is not None:
-            raise Unsupported(f"rank={case.rank}: all ranks are measured; leave it out, or use --mode emulate")
+            raise Unsupported(
+                f"rank={case.rank}: all ranks are measured; leave it out, or use --mode emulate"
+            )
         return case
     if case.rank is not None and case.rank >= case.world_size:
         raise Unsupported(f"rank={case.rank} must be below world_size={case.world_size}")

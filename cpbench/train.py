@@ -143,6 +143,7 @@ class TrainStep:
             rope=Rope(self.layout.segments, case.architecture.rope_theta),
             recorder=self.recorder,
             host=self.host_pool,
+            parts_tile=tiles.parts,
         )
         settings = BlockSettings(
             method=method,

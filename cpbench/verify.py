@@ -168,8 +168,11 @@ class _Launches:
             answers, begun, reason = self._launch(waiting)
             found |= answers
             waiting = {index: item for index, item in waiting.items() if index not in answers}
-            bad = [index for index in answers if answers[index].verdict == "error" and waiting]
-            if waiting and reason is not None:
+            last = max(answers, default=None)
+            bad: list[int] = []
+            if waiting and last is not None and answers[last].verdict == "error":
+                bad = [last]  # the ranks stopped there, or lost one another while rank 0 wrote the answer
+            elif waiting and reason is not None:
                 # Before the first case nothing tells the methods apart; later, the case that ran is to blame.
                 blamed = [next(iter(waiting))] if begun else list(waiting)
                 for index in blamed:
@@ -192,7 +195,7 @@ class _Launches:
             self.display.finished(result)
 
     def _launch(self, items: Mapping[int, VerifyItem]) -> tuple[dict[int, Verification], bool, str | None]:
-        """Return (answers, whether a case had begun, why there are not more: None if the ranks ended by themselves)."""
+        """Return (answers, whether a case had begun, why there are no more: None if the ranks stopped by themselves)."""
         positions = list(items)
         request = self.request
         with tempfile.TemporaryDirectory(prefix="cpbench-verify-") as folder:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from cpbench.case import Case
 from cpbench.progress_file import write_progress
+from cpbench.record import write_text_atomically
 from cpbench.shape import Shape
 from cpbench.verification import Peaks, Verification, VerifyAnswer, VerifyEnd, VerifyItem, VerifyJob, title
 from cpbench.worker import run_rank
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from cpbench.parity.rank import ParityRank
 
 ANSWERS = "answers.jsonl"
-_COUNTING = timedelta(hours=1)  # ended sooner by the limit of the launch
+_COUNTING_SECONDS = 3600.0  # ended sooner by the limit of the launch
+_POLL_SECONDS = 0.01
 _Shares = TypeAdapter(dict[int, Peaks | None])
 
 
@@ -45,7 +47,7 @@ def verify(job: VerifyJob) -> VerifyEnd:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     board = _Board(job, rank, size)
     share = _Shares.dump_json(_count(job, rank, size)).decode()
-    shares = [_Shares.validate_json(text) for text in board.exchange("peaks", share, _COUNTING)]
+    shares = [_Shares.validate_json(text) for text in board.exchange("peaks", share, _COUNTING_SECONDS)]
     peaks = {index: counted for found in shares for index, counted in found.items()}
     if job.case.device == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -55,7 +57,7 @@ def verify(job: VerifyJob) -> VerifyEnd:
     # A rank that waits for one that will not come is ended by this limit.
     limit = timedelta(seconds=job.collective_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
-    everyone, alone = Ranks.make(device)
+    everyone, alone = Ranks.make(device, limit)
     plugins = [Path(plugin) for plugin in job.plugins]
     prepared: dict[int, tuple[Shape, ParityRank]] = {}
     checked = 0
@@ -106,19 +108,25 @@ class _Board:
     """Where ranks tell one another how they fared: files, because collectives may be what failed."""
 
     def __init__(self, job: VerifyJob, rank: int, size: int) -> None:
-        from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch.distributed has no __all__
-
-        self._store = FileStore(str(Path(job.scratch) / "board"), size)
+        self._folder = Path(job.scratch)
         self._rank, self._size = rank, size
         # The others may only now begin to wait in a collective that fails no sooner.
-        self._limit = timedelta(seconds=1.5 * job.collective_seconds)
+        self._limit = 2 * job.collective_seconds
 
-    def exchange(self, key: str, text: str, limit: timedelta) -> list[str]:
-        """Put up a text and return those of all ranks, in order."""
-        self._store.set(f"{key}/{self._rank}", text)
-        keys = [f"{key}/{rank}" for rank in range(self._size)]
-        self._store.wait(keys, limit)
-        return [self._store.get(key).decode() for key in keys]
+    def exchange(self, key: str, text: str, limit: float) -> list[str]:
+        """Put up a text and return those of all ranks, in order.
+
+        Raises:
+            TimeoutError: a rank has put up nothing for `limit` seconds.
+        """
+        files = [self._folder / f"board-{key}-{rank}" for rank in range(self._size)]
+        write_text_atomically(files[self._rank], text)
+        deadline = time.monotonic() + limit
+        while missing := [rank for rank, file in enumerate(files) if not file.exists()]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {missing[0]} said nothing for {limit:.0f} s")
+            time.sleep(_POLL_SECONDS)
+        return [file.read_text(encoding="utf-8") for file in files]
 
     def agree(self, index: int, failure: _Failure | None) -> tuple[_Failure | None, bool]:
         """Return the first failure of any rank, and whether all ranks can go on together.

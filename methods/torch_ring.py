@@ -64,7 +64,10 @@ class TorchRing:
         return attention_block(x, weights, ctx, TorchRingCore(ctx, self.rotate))
 
     def costs(self, case: Case) -> Costs:
-        """Closed forms for R ranks; M, K, L the bytes of q, of k and of the log-sum-exp of n = s/R tokens, in bfloat16.
+        """Closed forms for R ranks; M, K, L the bytes of q, of k and of the log-sum-exp of n = s/R tokens.
+
+        Written for bfloat16, the one dtype that CUDA's kernels take; in float32 (a test on CPU) float32 copies weigh 1
+        for 2, and the part of out is its own.
 
         Forward moves K and V, 2K (R-1), by all-gather or hop by hop (an all-to-all in which each rank sends to one);
         backward the same, and dK, dV in float32 on R hops, 4K R.
@@ -84,12 +87,12 @@ class TorchRing:
         out, which the merge left head by head, M/2, and in a batch the half of dout, M/2.
         """
         r, a, size = case.world_size, case.architecture, HeadBytes.of(case, tokens=case.tokens_per_rank)
-        m, k, n = size.q, size.kv, case.tokens_per_rank
+        m, k, n, f = size.q, size.kv, case.tokens_per_rank, 4 // size.element
         lse = 4 * case.batch_size * n * a.num_heads
         rotation = "all_gather" if self.rotate == "allgather" else "all_to_all"
         forward = {rotation: 2 * k * (r - 1)}
         backward = dict(forward)
-        backward["all_to_all"] = backward.get("all_to_all", 0) + 4 * k * r
+        backward["all_to_all"] = backward.get("all_to_all", 0) + 2 * f * k * r
         held = 2 * k * r if self.rotate == "allgather" else 4 * k if r > 2 else 2 * k
 
         def scratch(queries: int, keys: int) -> int:
@@ -97,13 +100,14 @@ class TorchRing:
             k_shape = (case.batch_size, keys, a.num_kv_heads, a.head_dim)
             return scratch_of(select_kernels(case).name, q_shape, k_shape, size.element, backward=True)
 
-        copied = m if case.batch_size > 1 else m // 2
-        last = 7 * m + 19 * k + scratch(n, n // 2)
-        first = 6 * m + m // 2 + 20 * k + scratch(n // 2, n) + copied
+        copied = (m // 2 if case.device == "cuda" else 0) + (m // 2 if case.batch_size > 1 else 0)
+        sums = f * m + 6 * f * k  # dq, and three times dK/dV
+        last = 5 * m + 7 * k + sums + scratch(n, n // 2)
+        first = 4 * m + m // 2 + 8 * k + sums + scratch(n // 2, n) + copied
         return Costs(
             forward_collective_bytes=forward,
             backward_collective_bytes=backward,
-            forward_peak_bytes=10 * m + 2 * k + held + 3 * lse,
+            forward_peak_bytes=(1 + 4 * f) * m + (m if f > 1 else 0) + 2 * k + held + 3 * lse,
             backward_peak_bytes=max(first, last) + held + lse,
         )
 

@@ -391,7 +391,7 @@ class _Fused(torch.autograd.Function):
         sums = block.gradients()
         dwo = torch.empty_like(block.weights.wo)
         ctx.recorder.mark("weight_gradient", dwo)
-        parts = Parts(ctx.host, "host" if plan.keep == "host" else "device")
+        parts = Parts(ctx.host, "host" if plan.keep == "host" else "device", ctx.parts_tile)
         dk: Tensor | None = None
         dv: Tensor | None = None
         for index, stage in enumerate(schedule):
@@ -498,7 +498,7 @@ class _StageOutputs:
     """
 
     def __init__(self, ctx: AttentionContext, keep: str) -> None:
-        memo = ctx.memo
+        memo, tile = ctx.memo, ctx.parts_tile
         self.remembered = memo is not None and memo.recomputing and "out0" in memo
         """Whether the first forward left them."""
         self._memo = memo if memo is not None and memo.save_attention and not memo.recomputing else None
@@ -507,12 +507,12 @@ class _StageOutputs:
         self._passing = memo is not None and not memo.recomputing
         if memo is not None and self.remembered:
             count = len(memo.kept) // 2
-            self.outputs = Parts.stored(ctx.host, [memo.kept.pop(f"out{i}") for i in range(count)])
-            self._lse = Parts.stored(ctx.host, [memo.kept.pop(f"lse{i}") for i in range(count)])
+            self.outputs = Parts.stored(ctx.host, [memo.kept.pop(f"out{i}") for i in range(count)], tile)
+            self._lse = Parts.stored(ctx.host, [memo.kept.pop(f"lse{i}") for i in range(count)], tile)
             return
         place: Place = "host" if keep == "host" or self._memo is not None else "device"
-        self.outputs = Parts(ctx.host, place)
-        self._lse = Parts(ctx.host, place)
+        self.outputs = Parts(ctx.host, place, tile)
+        self._lse = Parts(ctx.host, place, tile)
 
     def put(self, out: Tensor, lse: Tensor) -> None:
         """Keep those of the next stage."""

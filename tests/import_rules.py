@@ -23,7 +23,7 @@ NOUNS = """
     progress_file selection shape block_schedule explanation
 """
 ORCHESTRATOR = """
-    __main__ cli.* report.* disk doctor expand explain folders interrupt launch mode outcome progress provenance run_folder
+    __main__ cli.* report.* disk doctor expand explain folders gpu_checks interrupt launch mode outcome progress provenance run_folder
     slurm summary supervise sweep verify
 """
 MEASURED = """

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import cpbench
-from cpbench.cli import doctor, listing, report, sweep, verify
+from cpbench.cli import doctor, explain, listing, report, sweep, verify
 from cpbench.errors import CpbenchError
 
 _INTERRUPTED = 130
@@ -45,6 +45,7 @@ app = typer.Typer(
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command("report")(report.report)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("explain", epilog=explain.EXAMPLES)(explain.explain_)
 app.command("list")(listing.list_)
 app.command("doctor")(doctor.doctor)
 

@@ -161,7 +161,10 @@ def sweep(
     rank: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="K", help="The rank that is emulated or estimated. Default: 0.", rich_help_panel=_HOW
+            min=0,
+            metavar="K",
+            help="The rank that is emulated or estimated. Default: 0.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
     layers: Annotated[

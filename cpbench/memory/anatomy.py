@@ -6,6 +6,7 @@ may be another moment.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
@@ -16,6 +17,8 @@ from cpbench.memory.timeline import Allocation, Event
 
 _PHASES = ("forward", "backward", "optimizer")
 _POINTS = 3000
+_AROUND = 40
+"""Turning points on each side of the peak that are kept in any case."""
 _GROUPS = 16
 """Groups of tensors that are listed."""
 
@@ -158,7 +161,8 @@ def _thinned(totals: Sequence[int], first: int, last: int, top: int) -> list[int
         for start, stop in pairwise(edges):
             stretch = turns[start:stop]
             kept |= {max(stretch, key=totals.__getitem__), min(stretch, key=totals.__getitem__)}
-        turns = list(kept)
+        middle = bisect_left(turns, top)
+        turns = [*kept, *turns[max(0, middle - _AROUND) : middle + _AROUND]]
     return sorted({*turns, first, top, last})
 
 

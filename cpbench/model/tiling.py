@@ -24,6 +24,8 @@ class Tiles:
     norm: int | None = None
     mlp: int | None = None
     loss: int | None = None
+    parts: int = 2**22
+    """Not tokens but elements: see `AttentionContext.parts_tile`; the same in every stack."""
 
 
 TILES = Tiles(norm=4096, mlp=2048, loss=1024)

@@ -1,4 +1,4 @@
-"""Parity of every attention kernel and of every method's attention on one device: the ranks are threads of this process.
+"""Parity of every attention kernel, and of every method's attention with its ranks as threads, on one device.
 
     python -m cpbench.parity.one_device --device cuda --out parity.json
 
@@ -126,19 +126,20 @@ def _method_finding(requested: Case, device: torch.device) -> Finding | None:
     return Finding("method", requested.method, shape, all(check.passed for check in found), words)
 
 
-def block_checks(case: Case, device: torch.device) -> list[Check]:
+def block_checks(case: Case, device: torch.device, plugins: Sequence[Path] = ()) -> list[Check]:
     """Run a method's block on as many threads as the case has ranks, with and without recomputation.
 
     Args:
         case: resolved.
         device: that all threads share.
+        plugins: method files outside the tree.
 
     Returns:
         Checks of the output and of all gradients.
     """
     inputs = make_inputs(case, device)
     reference = reference_block(case, inputs)
-    method = registry.load(case.method, case.options)
+    method = registry.load(case.method, case.options, plugins)
 
     def work(ranks: ThreadRanks) -> list[Check]:
         def baseline(where: str) -> dict[str, float]:
@@ -167,7 +168,7 @@ def _kernel_errors(
         return torch.randn(2, tokens, count, width, generator=generator).to(device, DTYPES[dtype])
 
     q, k, v, dout = draw(queries, heads), draw(keys, kv_heads), draw(keys, kv_heads), draw(queries, heads)
-    leaves = [t.float().requires_grad_() for t in (q, k, v)]
+    leaves = [t.clone().float().requires_grad_() for t in (q, k, v)]
     wide = [t.repeat_interleave(heads // kv_heads, dim=2) for t in leaves[1:]]
     scores = torch.einsum("bshe,bthe->bhst", leaves[0], wide[0]) * scale
     if causal:

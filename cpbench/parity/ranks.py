@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,20 +25,22 @@ class Ranks:
     mesh: DeviceMesh
     device: torch.device
     _groups: dict[tuple[int, int], tuple[Group, Group]] = field(default_factory=dict)
+    timeout: timedelta | None = None
+    """After so long a rank that waits for another gives up; None: torch's default."""
 
     @classmethod
-    def make(cls, device: torch.device) -> tuple[Ranks, Ranks]:
+    def make(cls, device: torch.device, timeout: timedelta | None = None) -> tuple[Ranks, Ranks]:
         """Return (all ranks, this rank alone); every rank must call it."""
         rank, size = dist.get_rank(), dist.get_world_size()
         everyone = init_device_mesh(device.type, (size,))
         one = init_device_mesh(device.type, (size, 1), mesh_dim_names=("copy", "shard"))["shard"]
-        return cls(rank, size, everyone, device), cls(0, 1, one, device)
+        return cls(rank, size, everyone, device, timeout=timeout), cls(0, 1, one, device, timeout=timeout)
 
     def groups(self, layout: Layout) -> tuple[Group, Group]:
         """Return this rank's Ulysses group and ring; groups are made once for each pair of degrees."""
         degrees = (layout.ulysses_degree, layout.ring_degree)
         if degrees not in self._groups:
-            self._groups[degrees] = parallel_groups(self.rank, layout)
+            self._groups[degrees] = parallel_groups(self.rank, layout, self.timeout)
         return self._groups[degrees]
 
     def world(self, layout: Layout) -> World:

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +27,7 @@ from cpbench.runtime.collectives import Group
 
 _SECONDS = 240.0
 """A rank that waits longer for another gives up."""
+_ProcessGroup: Any = dist.ProcessGroup  # its stubs have overloads that torch's Python code never calls
 Result = TypeVar("Result")
 
 
@@ -66,7 +68,7 @@ class _Over(Work):
         return True
 
 
-class ThreadGroup(dist.ProcessGroup):
+class ThreadGroup(_ProcessGroup):
     """One thread's handle on a group of threads; its methods carry the names of torch 2.11 and of 2.13."""
 
     def __init__(self, rank: int, ranks: Sequence[int], meeting: _Meeting) -> None:
@@ -184,7 +186,7 @@ class ThreadRanks(Ranks):
     @classmethod
     def of(cls, threads: Threads, rank: int) -> ThreadRanks:
         """Return the ranks as one of them sees them."""
-        ranks = cls(rank, threads.size, cast(DeviceMesh, None), threads.device)
+        ranks = cls(rank, threads.size, cast(DeviceMesh, None), threads.device, timedelta(seconds=_SECONDS))
         object.__setattr__(ranks, "threads", threads)
         object.__setattr__(ranks, "everyone", threads.group(rank, tuple(range(threads.size))))
         return ranks

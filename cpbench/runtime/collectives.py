@@ -263,13 +263,16 @@ class CountCollectives(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 - torch's own signature
         """Count a c10d operator, then run it."""
-        if DTensor in types:  # let it take its operator apart first: the norm of all gradients sends inside one
+        # A DTensor takes its operator apart first: the norm of all gradients sends inside one.
+        if DTensor in types:
             return NotImplemented
         if func.namespace in ("c10d", "_c10d_functional"):
             name = func._schema.name
             if name in _KINDS:
                 kind, tensor, group, sent = _KINDS[name]
                 self.log.add(kind, sent(_nbytes(args[tensor]), _group_size(args[group])))
+            elif name == "_c10d_functional::all_to_all_single":
+                self.log.add("all_to_all", _split_bytes(args[0], args[2], args[3]))
             elif name not in _UNCOUNTED:
                 self.log.unknown.append(name)
         return func(*args, **(kwargs or {}))
@@ -281,8 +284,17 @@ def _nbytes(value: Tensor | Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in value)
 
 
+def _split_bytes(t: Tensor, splits: Sequence[int], group: Any) -> int:  # noqa: ANN401 - a name, or a boxed group
+    """What an all-to-all of unequal pieces, `splits` rows of `t` for each rank, sends to others."""
+    rows = sum(splits)
+    return _nbytes(t) * (rows - splits[int(_group(group).rank())]) // rows if rows else 0
+
+
 def _group_size(group: Any) -> int:  # noqa: ANN401 - the name of a group, or a boxed ProcessGroup
+    return int(_group(group).size())
+
+
+def _group(group: Any) -> dist.ProcessGroup:  # noqa: ANN401 - the name of a group, or a boxed ProcessGroup
     if isinstance(group, str):
-        handle = _resolve_process_group(group)  # type: ignore[arg-type]  # a NewType of str
-        return int(handle.size())
-    return int(dist.ProcessGroup.unbox(group).size())
+        return _resolve_process_group(group)  # type: ignore[arg-type]  # a NewType of str
+    return dist.ProcessGroup.unbox(group)

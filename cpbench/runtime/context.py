@@ -30,6 +30,8 @@ class AttentionContext:
     recorder: Recorder
     host: HostPool
     """Where a method may put what must leave the device."""
+    parts_tile: int = 2**22
+    """Elements of a tile where a full-width activation is made of its parts (`cpbench.runtime.parts`)."""
     memo: Memo | None = None
     """In a checkpointed block, what its first forward may leave for its recomputation; else None."""
 

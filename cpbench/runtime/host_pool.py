@@ -5,8 +5,8 @@ slow and because torch's own pinned allocator rounds up to powers of two.  `peak
 
 Ordering on CUDA.  A copy out waits for all compute queued before it, and its source lives until compute has been made
 to wait for the copy: at the next `store`, or when something is read back.  A copy in waits for compute too, because its
-buffer may be memory that earlier compute still reads; reading makes compute wait for the copy.  So a slab given up by
-`drop` is overwritten only after everything read from it has arrived.
+buffer may be memory that earlier compute still reads, and for the copy out of what it reads; reading makes compute
+wait for the copy.  So a slab given up by `drop` is overwritten only after everything read from it has arrived.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class HostPool:
         """Start copying back to the device."""
         if stored.fetched is not None:
             return
-        loading = self._load(stored.view())
+        loading = self._load(stored, stored.view())
         stored.fetched, stored.arrived = loading.tensor, loading.arrived
 
     def read(self, stored: Stored) -> Tensor:
@@ -119,7 +119,7 @@ class HostPool:
 
     def load_rows(self, stored: Stored, rows: slice, total: int) -> Loading:
         """Start copying some rows of a tensor, seen as `[total, -1]`, to the device; see `arrive`."""
-        return self._load(stored.view().view(total, -1)[rows])
+        return self._load(stored, stored.view().view(total, -1)[rows])
 
     def arrive(self, loading: Loading) -> Tensor:
         """Return loaded rows."""
@@ -127,9 +127,10 @@ class HostPool:
         self._streams.wait(loading.arrived)
         return loading.tensor
 
-    def _load(self, source: Tensor) -> Loading:
+    def _load(self, stored: Stored, source: Tensor) -> Loading:
         tensor = torch.empty(source.shape, dtype=source.dtype, device=self._device)
         with self._streams.after_compute("copy_in"):
+            self._streams.wait(stored.copied)  # makes the copy-in stream wait: it is the current one here
             tensor.copy_(source, non_blocking=True)
         return Loading(tensor, self._streams.event("copy_in"))
 

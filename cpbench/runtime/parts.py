@@ -16,28 +16,29 @@ from torch import Tensor
 from cpbench.runtime.host_pool import HostPool, Loading, Stored
 from cpbench.runtime.tiles import tiles
 
-_TILE_ELEMENTS = 2**22  # 8 MiB a tile in bfloat16
 Place = Literal["host", "device"]
 
 
 class Parts:
     """Column blocks of equal row count, in the order they were put in."""
 
-    def __init__(self, host: HostPool, place: Place) -> None:
+    def __init__(self, host: HostPool, place: Place, tile_elements: int) -> None:
         """Make an empty row of parts.
 
         Args:
             host: the pool, for parts that wait there.
             place: where parts wait.
+            tile_elements: of the activation that `project` has on the device at a time; 2**22 are 8 MiB in bfloat16.
         """
+        self._tile_elements = tile_elements
         self._host = host
         self._place = place
         self._parts: list[Tensor | Stored | None] = []
 
     @classmethod
-    def stored(cls, host: HostPool, parts: list[Stored]) -> Parts:
+    def stored(cls, host: HostPool, parts: list[Stored], tile_elements: int) -> Parts:
         """Return parts that lie in host memory already."""
-        made = cls(host, "host")
+        made = cls(host, "host", tile_elements)
         made._parts = list(parts)
         return made
 
@@ -83,7 +84,7 @@ class Parts:
         """
         flat = into.flatten(0, 1)
         total = flat.shape[0]
-        size = max(1, _TILE_ELEMENTS // weight.shape[0])
+        size = max(1, self._tile_elements // weight.shape[0])
         ahead: tuple[slice, list[Tensor | Loading]] | None = None
         for rows in tiles(total, size):
             loaded = ahead[1] if ahead is not None and ahead[0] == rows else self._load(rows, total)

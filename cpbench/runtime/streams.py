@@ -34,6 +34,6 @@ class Streams:
         return stream.record_event() if stream is not None else None
 
     def wait(self, event: torch.cuda.Event | None) -> None:
-        """Make compute wait for an event."""
+        """Make the current stream (compute, unless inside `after_compute`) wait for an event."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)

@@ -194,9 +194,9 @@ class OpLog(CollectiveLog):
             stream, waits = "gather", [] if self._unpacked is None else [self._unpacked]
         elif owner == "reduce":
             stream = "reduce"
-        operation = self._note(
-            kind, "collective", stream, waits, size=size, ranks=ranks, ranks_on_node=on_node
-        )
+        shape = tuple(tensor.numel() for tensor, _ in tensors[:1])
+        costs = {"size": size, "shape": shape, "ranks": ranks, "ranks_on_node": on_node}
+        operation = self._note(kind, "collective", stream, waits, **costs)
         if kind == "send":
             self._sent = operation
             self._mark(tensors, operation, received=False)

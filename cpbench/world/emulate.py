@@ -1,11 +1,11 @@
-"""The world of one rank: real tensors and kernels, and a process group in which every other rank sends what this one has.
+"""The world of one rank: real tensors and kernels, and a process group in which all others send what this one has.
 
 Each collective copies this rank's own bytes into the buffers that the others would fill, so shapes, allocations and the
 order of calls are those of a real run, and values stay finite: a sum over n ranks is n times this rank's share.  What
 is computed from them (the loss, the gradients) means nothing.
 
 Nothing leaves the device, so a step's time is that of its compute and its host copies, with copies on the device in
-place of communication; how long that would take is for the time model to say (`modelled_communication`).
+place of communication; how long that would take is for the time model to say (`estimated`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ from cpbench.world.measure import parallel_groups
 
 BACKEND = "emulated"
 """The process group's name in `torch.distributed`."""
+_ProcessGroup: Any = dist.ProcessGroup  # its stubs have overloads that torch's Python code never calls
 _KEPT = (dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN)
 """Reductions of equal values that give the value itself."""
 
 
-class EmulatedGroup(dist.ProcessGroup):
+class EmulatedGroup(_ProcessGroup):
     """One rank's view of a group that has no other ranks.
 
     Collectives run on the current stream.  Their tensors are held until the wait, as NCCL and gloo hold them.  Methods
@@ -47,7 +48,8 @@ class EmulatedGroup(dist.ProcessGroup):
     """
 
     log: ClassVar[CollectiveLog | None] = None
-    """Told of every collective of every group; see `counting`.  No context variable: CUDA's backward has its own thread."""
+    """Told of every collective of every group; see `counting`.  It is no context variable, because CUDA's backward has
+    its own thread."""
 
     def __init__(self, rank: int, size: int, name: str) -> None:
         super().__init__(rank, size)
@@ -276,7 +278,12 @@ def emulated_world(case: Case, layout: Layout, rank: int) -> Iterator[World]:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
-    dist.init_process_group(BACKEND, store=dist.HashStore(), rank=rank, world_size=case.world_size)
+    dist.init_process_group(
+        BACKEND,
+        store=dist.HashStore(),  # type: ignore[attr-defined]  # missing in torch's stubs
+        rank=rank,
+        world_size=case.world_size,
+    )
     try:
         with _threads_of_a_rank(case):
             mesh = init_device_mesh(case.device, (case.world_size,))
@@ -296,17 +303,18 @@ def counting(log: CollectiveLog) -> Iterator[None]:
         EmulatedGroup.log = before
 
 
-class Communication(NamedTuple):
-    """What a step's communication adds to its compute, by the time model."""
+class Estimated(NamedTuple):
+    """What the estimate of an emulated case says; None where it cannot."""
 
-    seconds: float | None
-    """Time in which compute waits for it; None where there is no model."""
+    communication_seconds: float | None
+    """Time in which compute waits for communication."""
+    peak_bytes: int | None
     note: str
-    """Where the number comes from, or why there is none."""
+    """Where the communication comes from, or why there is none."""
 
 
-def modelled_communication(case: Case, method: Method, rank: int) -> Communication:
-    """Return how long compute would wait for the communication that was left out of an emulated step.
+def estimated(case: Case, method: Method, rank: int) -> Estimated:
+    """Estimate a case that was emulated: its communication, and its peak to be held against the measured one.
 
     Args:
         case: resolved; its hardware profile gives the rates.
@@ -314,18 +322,19 @@ def modelled_communication(case: Case, method: Method, rank: int) -> Communicati
         rank: the rank that ran.
     """
     missing = "so step_seconds and all rates are missing"
-    if case.hardware is None:
-        return Communication(None, f"communication between CPU processes is not modelled, {missing}")
     try:
         (estimate,) = estimate_case(case.model_copy(update={"mode": "estimate"}), method, rank=rank).ranks
     except Unsupported as error:
-        return Communication(None, f"communication is not modelled ({error}), {missing}")
+        return Estimated(None, None, f"communication is not modelled ({error}), {missing}")
+    peak = estimate.memory.peak_allocated_bytes
+    if case.hardware is None:
+        return Estimated(None, peak, f"communication between CPU processes is not modelled, {missing}")
     if estimate.modelled is None:
-        return Communication(
-            None, f"profile {case.hardware} has no rates for {estimate.attention_backend}, {missing}"
-        )
-    return Communication(
+        why = f"profile {case.hardware} has no rates for {estimate.attention_backend}"
+        return Estimated(None, peak, f"communication is not modelled ({why}), {missing}")
+    return Estimated(
         estimate.modelled.exposed_communication_seconds,
+        peak,
         f"communication_seconds is what the time model for {case.hardware} leaves uncovered by compute "
         f"(uncertainty {estimate.modelled.uncertainty:.0%}); compute_seconds is measured",
     )

@@ -254,15 +254,19 @@ class _Cutter:
         self._passes[-1].segments[-1].items.append(item)
 
     def _continues(self, last: _Pass, layer: Owner) -> bool:
-        before = last.segments[-1].layer
-        if layer is None or before is None:
+        before, first = last.segments[-1].layer, last.segments[0].layer
+        if layer is None or before is None or first is None:
             return layer is before
-        return layer == before or layer == before + (-1 if last.stage == "backward" else 1)
+        step = layer - before
+        return step == 0 or (abs(step) == 1 and (len(last.segments) == 1 or (step > 0) == (before > first)))
 
     def finish(self) -> list[_Pass]:
         for p in self._passes:
             seen = [segment.layer for segment in p.segments]
             whole = list(range(self._layers))
+            if p.stage == "optimizer" and seen in (whole[:1], whole[-1:]):
+                p.segments[0].layer = None  # what a loop left behind: said once of the first or of the last layer
+                continue
             if seen not in ([None], whole, whole[::-1]):
                 raise NotPeriodic(f"a pass of {p.stage} visits layers {seen}")
         return self._passes

@@ -49,24 +49,29 @@ def measured_world(case: Case, layout: Layout) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def parallel_groups(rank: int, layout: Layout) -> tuple[Group, Group]:
+def parallel_groups(rank: int, layout: Layout, timeout: timedelta | None = None) -> tuple[Group, Group]:
     """Return this rank's Ulysses group (consecutive ranks) and ring (ranks one Ulysses group apart).
 
     Every rank must call this, because making a process group is itself a collective.
+
+    Args:
+        rank: this one.
+        layout: gives the two degrees.
+        timeout: of their collectives; None takes torch's default for the backend, not that of the default group.
     """
     degree, rings = layout.ulysses_degree, layout.ring_degree
     world = range(degree * rings)
     ulysses = [[r for r in world if r // degree == g] for g in range(rings)]
     ring = [[r for r in world if r % degree == g] for g in range(degree)]
-    return _join(rank, ulysses), _join(rank, ring)
+    return _join(rank, ulysses, timeout), _join(rank, ring, timeout)
 
 
-def _join(rank: int, groups: list[list[int]]) -> Group:
+def _join(rank: int, groups: list[list[int]], timeout: timedelta | None) -> Group:
     if len(groups[0]) == 1:
         return Group(size=1, rank=0, global_ranks=(rank,))
     mine: Group | None = None
     for ranks in groups:
-        handle = dist.new_group(ranks)
+        handle = dist.new_group(ranks, timeout=timeout)
         if rank in ranks:
             if not isinstance(handle, dist.ProcessGroup):
                 raise AssertionError("a member of a group gets its handle")

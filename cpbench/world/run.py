@@ -36,7 +36,7 @@ from cpbench.record import Memory, RankReport, ShallowSteps, Software, StepSampl
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
 from cpbench.runtime.recorder import Recorder
 from cpbench.train import TrainStep, World
-from cpbench.world.emulate import counting, emulated_world, modelled_communication
+from cpbench.world.emulate import counting, emulated_world, estimated
 from cpbench.world.estimate import estimate_case
 from cpbench.world.measure import measured_world
 
@@ -67,7 +67,7 @@ def run_case(case: Case, plugins: Sequence[Path], scratch: Path) -> WorkerReport
 
 
 def _emulated(case: Case, method: Method, scratch: Path) -> WorkerReport:
-    """Run one rank alone; nothing of it is left when its communication is modelled."""
+    """Run one rank alone; nothing of it is left when the case is estimated."""
     rank = case.rank or 0
     with emulated_world(case, method.layout(case, rank), rank) as world:
         run = CaseRun(case, world, scratch)
@@ -76,13 +76,14 @@ def _emulated(case: Case, method: Method, scratch: Path) -> WorkerReport:
         report = run.report(step)
         del step
         report, notes = _with_shallow_steps(case, method, world, scratch, report)
-    communication = modelled_communication(case, method, rank)
+    estimate = estimated(case, method, rank)
     return WorkerReport(
         ranks=(report,),
         software=_software(world.device),
         gpu=_gpu(world.device),
-        communication_seconds=communication.seconds,
-        notes=(*notes, communication.note),
+        communication_seconds=estimate.communication_seconds,
+        estimated_peak_bytes=estimate.peak_bytes,
+        notes=(*notes, estimate.note),
     )
 
 

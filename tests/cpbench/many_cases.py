@@ -9,23 +9,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cpbench.case import Case
+from cpbench.model.tiling import TILES
 from cpbench.record import RankReport
 
 _WORKER = Path(__file__).parent / "workers" / "measure_many.py"
 
 
-def measure(cases: Sequence[Case], folder: Path, *, timeout: float = 280) -> list[list[RankReport]]:
+def measure(
+    cases: Sequence[Case], folder: Path, *, parts_tile: int = TILES.parts, timeout: float = 280
+) -> list[list[RankReport]]:
     """Return the reports of all ranks for each case; all have the same world size.
 
     Args:
         cases: resolved.
         folder: for the files of this launch.
+        parts_tile: elements of a tile, see `cpbench.model.tiling.Tiles.parts`.
         timeout: seconds for all cases together.
     """
     world_size = cases[0].world_size
     assert all(case.world_size == world_size for case in cases)
     file = folder / "cases.json"
-    file.write_text(json.dumps([case.model_dump(mode="json") for case in cases]), encoding="utf-8")
+    job = {"cases": [case.model_dump(mode="json") for case in cases], "parts_tile": parts_tile}
+    file.write_text(json.dumps(job), encoding="utf-8")
     command = [
         sys.executable,
         "-m",

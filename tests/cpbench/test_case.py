@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from typing import Any
@@ -36,6 +38,8 @@ CHANGES: dict[str, Any] = {
     "steps": 7,
     "warmup": 1,
     "seed": 1,
+    "rank": 1,
+    "model_layers": 9,
 }
 
 
@@ -44,6 +48,14 @@ def test_every_field_is_part_of_the_id(field: str) -> None:
     """Two cases that differ in anything have different ids, so a resumed run never takes one for the other."""
     case = fake_case("ok")
     assert case.case_id != case.model_copy(update={field: CHANGES[field]}).case_id
+
+
+def test_fields_that_came_later_leave_older_ids_alone() -> None:
+    """A case that uses neither of the later fields has the id that it had before there were any."""
+    case = fake_case("ok")
+    before = case.model_dump(mode="json", exclude={"rank", "model_layers"})
+    digest = hashlib.sha256(json.dumps(before, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert case.case_id.endswith(digest[:12])
 
 
 def test_the_id_is_the_same_in_another_process() -> None:

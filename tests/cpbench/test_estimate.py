@@ -58,6 +58,16 @@ def test_tiling_and_offload_lower_the_peak() -> None:
 
 
 @pytest.mark.slow
+def test_an_estimate_for_cpu_processes_has_no_time() -> None:
+    """There is no profile of a CPU, so nothing stands in for its step time."""
+    c = case("ulysses", "plain", layers=1, device="cpu")
+    report = estimate_case(c, registry.load(c.method, c.options)).ranks[0]
+
+    assert report.samples == ()
+    assert report.modelled is None
+
+
+@pytest.mark.slow
 def test_a_sweep_without_gpus_answers_by_estimate(tmp_path: Path) -> None:
     """Cases that fit are ok and those that do not say what is short; every record says it is an estimate."""
     result = CliRunner().invoke(
@@ -76,7 +86,12 @@ def test_a_sweep_without_gpus_answers_by_estimate(tmp_path: Path) -> None:
     for record in records:
         assert record.mode == "estimate"
         assert record.hardware == "rtx-4090"
-        assert record.step_seconds is None  # time is not modelled, and no number stands in for it
+        assert record.modelled is not None
+        assert record.modelled.uncertainty == 0.4  # as the profile says
+        parts = (record.forward_seconds, record.backward_seconds, record.optimizer_seconds)
+        assert record.step_seconds == pytest.approx(sum(part or 0 for part in parts))
+        assert sum(record.modelled.critical_path_seconds.values()) == pytest.approx(record.step_seconds)
+        assert 0 < (record.mfu or 0) < 1
         assert (record.peak_allocated_bytes or 0) > 0
     raw = json.loads(next((tmp_path / "laptop" / "cases").glob("*256M*.json")).read_text(encoding="utf-8"))
     assert "short by" in raw["reason"]

@@ -1,8 +1,8 @@
-"""The estimate against the allocator: the same step over fake tensors and in real processes, to the byte.
+"""The estimate, and one emulated rank, against the allocator: the same step in three worlds, to the byte.
 
-Every method, every stack preset, twelve shapes, two world sizes.  What may differ is what gloo's worker threads free
-late: that is memory the allocator still holds when the next step's peak comes, so a measured peak may be above the
-exact one on some rank, and never below it.
+Every method, every stack preset, twelve shapes (two of them emulated), two world sizes. What may differ is what
+gloo's worker threads free late: that is memory the allocator still holds when the next step's peak comes, so a
+measured peak may be above the exact one on some rank, and never below it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cpbench.model_config import ModelConfig
 from cpbench.record import RankReport
 from cpbench.resolve import resolve
 from cpbench.world.estimate import estimate_case
+from cpbench.world.run import run_case
 from tests.cpbench.many_cases import measure
 
 METHODS = tuple(registry.method_files())
@@ -76,12 +77,65 @@ def _cases(world_size: int) -> Iterator[Case]:
                 yield case
 
 
+@pytest.fixture(scope="module", params=[2, 4])
+def measured(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[Case, list[RankReport]]]:
+    found = cases(request.param)
+    return list(zip(found, measure(found, tmp_path_factory.mktemp("measured")), strict=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_the_estimate_is_what_the_allocator_says(world_size: int, tmp_path: Path) -> None:
+def test_an_emulated_rank_is_what_a_real_one_is(
+    measured: list[tuple[Case, list[RankReport]]], tmp_path: Path
+) -> None:
+    """Any rank alone: the same peak and host memory, and the same collectives, byte for byte and in order."""
+    wrong, ranks_met = [], set()
+    some = [pair for pair in measured if pair[0].architecture.num_kv_heads == 2][: 2 * len(METHODS)]
+    for turn, (case, ranks) in enumerate(some):
+        rank = turn % case.world_size
+        ranks_met.add(rank)
+        real = ranks[rank]
+        (emulated,) = run_case(case.model_copy(update={"mode": "emulate", "rank": rank}), [], tmp_path).ranks
+        peak = emulated.memory.peak_allocated_bytes or 0
+        gap = ((real.memory.peak_allocated_bytes or 0) - peak) / peak
+        # gloo's threads may free late, in the measured run only.
+        late = min(abs((r.memory.peak_allocated_bytes or 0) - peak) / peak for r in ranks)
+        if gap < -0.001 or late > 0.01:
+            wrong.append(f"{case.title} {case.stack} rank {rank}: peak {gap:+.3%}")
+        for name in ("collectives_hash", "collective_bytes", "collective_calls"):
+            if getattr(real, name) != getattr(emulated, name):
+                wrong.append(f"{case.title} {case.stack} rank {rank}: {name}")
+        if real.memory.host_pinned_peak_bytes != emulated.memory.host_pinned_peak_bytes:
+            wrong.append(f"{case.title} {case.stack} rank {rank}: host memory")
+        if None in emulated.losses + emulated.grad_norms:
+            wrong.append(f"{case.title} {case.stack} rank {rank}: not finite")
+    assert not wrong, "\n".join(wrong)
+    assert {case.method for case, _ in some} == {case.method for case, _ in measured}
+    assert ranks_met == set(range(some[0][0].world_size))
+
+
+@pytest.mark.slow
+def test_another_case_emulated_does_not_pass_for_this_one(
+    measured: list[tuple[Case, list[RankReport]]], tmp_path: Path
+) -> None:
+    """The twin: twice the tokens differ in peak, bytes and the order's hash."""
+    case, ranks = measured[0]
+    other = case.model_copy(update={"mode": "emulate", "rank": 0, "seq_len": 2 * case.seq_len})
+
+    (emulated,) = run_case(other, [], tmp_path).ranks
+
+    measured_peak, peak = ranks[0].memory.peak_allocated_bytes or 0, emulated.memory.peak_allocated_bytes or 0
+    assert abs(measured_peak - peak) > 0.01 * peak
+    assert emulated.collective_bytes != ranks[0].collective_bytes
+    assert emulated.collectives_hash != ranks[0].collectives_hash
+
+
+@pytest.mark.slow
+def test_the_estimate_is_what_the_allocator_says(measured: list[tuple[Case, list[RankReport]]]) -> None:
     """Peak, categories and host memory of the best rank of each case are within 1 % of the estimate."""
     wrong = []
-    for case, ranks in zip(cases(world_size), measure(cases(world_size), tmp_path), strict=True):
+    for case, ranks in measured:
         gaps: list[float] = []
         for report in ranks:  # one rank is enough; the next is asked only if this one kept something too long
             gaps.append(_gap(case, report))

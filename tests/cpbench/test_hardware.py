@@ -34,7 +34,25 @@ def test_every_profile_loads_and_names_its_sources(name: str) -> None:
     profile = load_hardware(name)
 
     numbers = {key for key, value in profile if isinstance(value, int)}
+    assert profile.rates is not None
+    numbers |= {key for key, value in profile.rates if isinstance(value, int | float)}
+    numbers |= {f"attention.{kernel}" for kernel in profile.rates.attention}
     assert numbers == set(profile.sources)
+
+
+def test_a_profile_without_rates_is_one_without_time(tmp_path: Path) -> None:
+    """Rates may be left out of one's own profile; what is there must be whole."""
+    text = (
+        'gpu = "mine"\ngpus_per_node = 2\ndevice_memory_bytes = 1\ncontext_bytes = 0\n'
+        "communicator_bytes = 0\nhost_memory_bytes = 1\n{rates}[sources]\n"
+    )
+    path = tmp_path / "mine.toml"
+    path.write_text(text.format(rates=""), encoding="utf-8")
+    assert load_hardware(str(path)).rates is None
+
+    path.write_text(text.format(rates="[rates]\nuncertainty = 0.1\n"), encoding="utf-8")
+    with pytest.raises(UsageError, match=r"mine\.toml: rates\.matmul_flops_per_second"):
+        load_hardware(str(path))
 
 
 def test_a_case_fits_until_margin_and_overheads_are_spent() -> None:

@@ -12,7 +12,8 @@ from cpbench.mode import choose_mode
     ("device", "world_size", "gpus", "expected"),
     [
         (None, 8, 8, ("measure", "cuda")),
-        (None, 8, 2, ("estimate", "cuda")),
+        (None, 8, 2, ("emulate", "cuda")),
+        ("cuda", 8, 1, ("emulate", "cuda")),
         (None, 8, 0, ("estimate", "cuda")),
         ("cuda", 4, 8, ("measure", "cuda")),
         ("cpu", 8, 0, ("measure", "cpu")),
@@ -20,7 +21,7 @@ from cpbench.mode import choose_mode
     ],
 )
 def test_auto(device: Device | None, world_size: int, gpus: int, expected: tuple[Mode, Device]) -> None:
-    """auto measures if it can, else estimates; cpu by name means measure."""
+    """auto measures if it can, else emulates on a GPU, else estimates; cpu by name means measure."""
     choice = choose_mode("auto", device, world_size=world_size, gpus=gpus)
     assert (choice.mode, choice.device) == expected
     assert choice.reason

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cpbench.errors import CpbenchError, ScenarioError, UnknownName
 from cpbench.folders import scenario_folders
+from cpbench.model_config import PRESETS
 from cpbench.scenario import Scenario, build_scenario, load_scenario, parse_scenario
 
 NAMES = st.sampled_from(["single", "ring", "ulysses", "upipe"])
@@ -217,3 +218,23 @@ def test_smoke_has_twelve_cases() -> None:
         ("upipe", 4),
     }
     assert all(case.architecture.num_heads > case.architecture.num_kv_heads for case in cases)
+
+
+def test_few_layers_of_every_model() -> None:
+    """The shape has the layers that run, and the case says of how many; a model with no more than that is whole."""
+    raw: dict[str, Any] = {"sweep": {"model": ["tiny", "llama3-8b"]}, "run": {"layers": 2, "rank": 3}}
+    found = build_scenario(raw | {"name": "few"}).expand(mode="emulate", device="cpu")
+    there = PRESETS["tiny"].num_layers
+    assert [(c.architecture.num_layers, c.model_layers) for c in found] == [(2, there), (2, 32)]
+    assert {case.rank for case in found} == {3}
+    raw["run"] = {"layers": 32}
+    raw["sweep"] = {"model": "llama3-8b"}
+    (whole,) = build_scenario(raw | {"name": "all"}).expand(mode="emulate", device="cpu")
+    assert (whole.architecture, whole.model_layers) == (PRESETS["llama3-8b"], None)
+
+
+def test_more_layers_than_a_model_has_are_refused() -> None:
+    """The message says how many there are."""
+    raw = {"name": "many", "sweep": {"model": "llama3-8b"}, "run": {"layers": 33}}
+    with pytest.raises(ScenarioError, match="layers=33, but model llama3-8b has 32"):
+        build_scenario(raw).expand(mode="emulate", device="cpu")

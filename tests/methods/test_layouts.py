@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from itertools import chain
 
+import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from cpbench.case import Case
+from cpbench.errors import Unsupported
 from cpbench.method import contiguous_segments, hybrid_segments, zigzag_segments
 from cpbench.model_config import ModelConfig
 from methods.upipe import Stages
+from methods.usp import Usp
 
 small = st.integers(1, 6)
 
@@ -97,3 +101,31 @@ def test_a_wide_stage_takes_several_queries_of_one_kv_head() -> None:
     stages = Stages.of(model, 8, 16)
 
     assert (stages.group, stages.per_stage) == (8, 2)
+
+
+@pytest.mark.parametrize(("heads", "ranks", "ring"), [(32, 8, 1), (40, 16, 2), (12, 16, 4), (7, 4, 4)])
+def test_usp_takes_the_smallest_ring_whose_groups_divide_the_heads(heads: int, ranks: int, ring: int) -> None:
+    """Without a ring degree, any number of ranks and heads has a mesh; the mesh covers every token once."""
+    model = ModelConfig(
+        hidden_dim=8, num_layers=1, num_heads=heads, num_kv_heads=1, head_dim=2, ffn_dim=8, vocab_size=8
+    )
+    case = Case(method="usp", model="small", architecture=model, seq_len=6 * ranks, world_size=ranks)
+    method = Usp()
+
+    method.check(case)
+    layouts = [method.layout(case, rank) for rank in range(ranks)]
+
+    assert {(layout.ulysses_degree, layout.ring_degree) for layout in layouts} == {(ranks // ring, ring)}
+    held = sorted(chain.from_iterable(positions(layout.segments) for layout in layouts))
+    assert held == list(range(6 * ranks))
+
+
+def test_usp_names_the_degrees_that_fit() -> None:
+    """A ring degree that leaves heads over is refused with those that would do."""
+    model = ModelConfig(
+        hidden_dim=8, num_layers=1, num_heads=6, num_kv_heads=1, head_dim=2, ffn_dim=8, vocab_size=8
+    )
+    case = Case(method="usp", model="small", architecture=model, seq_len=96, world_size=8)
+
+    with pytest.raises(Unsupported, match=r"set usp\.ring_degree to one of 4, 8"):
+        Usp(ring_degree=2).check(case)

@@ -23,7 +23,7 @@ FOUND_BY = {
     "broken-costs": {"sent (backward)"},
     "broken-head-order": {"out", "out (heads permuted)", "dwo (heads permuted)"},
     "broken-peak": {"peak (forward)", "peak (backward)"},
-    "broken-recomputation": {"out (checkpoint)", "dx (attention saved)", "loss (long)", "grad norm (long)"},
+    "broken-recomputation": {"out (checkpoint)", "dx (attention saved)", "grad norm (long)"},
     "broken-replicas": {"dwk", "dwv", "dx (checkpoint)", "grad norm (plain)"},
     "broken-ring": {"out", "dx", "causality"},
     "broken-rotation": {"out", "dwq", "loss (plain)", "grad norm (plain)"},

@@ -12,6 +12,8 @@ from cpbench import registry
 from cpbench.case import Case
 from cpbench.model_config import ModelConfig
 from cpbench.resolve import resolve
+from cpbench.selection import Selection
+from cpbench.shape import Shape
 from cpbench.verify import VerifyRequest, verify
 
 ON_CPU = Path(__file__).parent / "plugins" / "torch_ring_on_cpu.py"
@@ -65,17 +67,9 @@ def test_tokens_are_where_pytorch_puts_them() -> None:
 @pytest.mark.slow
 def test_its_ring_function_equals_the_reference_on_cpu_ranks() -> None:
     """Both rotations, grouped queries, normalised, in a batch: output, gradients and a whole model within 1e-5."""
-    report = verify(
-        VerifyRequest(
-            methods=("torch-ring-on-cpu",),
-            options={"torch-ring-on-cpu": ({"rotate": "allgather"}, {"rotate": "alltoall"})},
-            world_size=4,
-            num_heads=8,
-            num_kv_heads=2,
-            batch_size=2,
-            qk_norm=True,
-            plugins=(ON_CPU,),
-        )
-    )
+    shape = Shape(world_size=4, num_heads=8, num_kv_heads=2, head_dim=16, batch_size=2, qk_norm=True)
+    selection = Selection(shapes=(shape,), stacks={shape: ("long",)}, thorough=frozenset({shape}))
+
+    report = verify(VerifyRequest(methods=("torch-ring-on-cpu",), selection=selection, plugins=(ON_CPU,)))
 
     assert [result.verdict for result in report.results] == ["pass", "pass"], report.results

@@ -1,21 +1,24 @@
 """Measures many cases of one world size in one launch: `torchrun ... measure_many.py cases.json folder`.
 
-`cases.json` is a list of resolved cases; `folder/rank<k>.json` gets a list of this rank's reports in the same order.
-Starting ranks costs more than a small case does, so tests over many shapes start them once.
+`cases.json` is `{"cases": [resolved case...], "parts_tile": elements}`; `folder/rank<k>.json` gets a
+list of this rank's reports in the same order.  Starting ranks costs more than a small case does,
+so tests over many shapes start them once.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from cpbench import registry
+from cpbench import registry, train
 from cpbench.case import Case
+from cpbench.model.tiling import TILES
 from cpbench.train import World
 from cpbench.world.measure import parallel_groups
 from cpbench.world.run import CaseRun
@@ -26,7 +29,11 @@ def main(cases_file: str, folder: str) -> None:
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     reports = []
-    for raw in json.loads(Path(cases_file).read_text(encoding="utf-8")):
+    job = json.loads(Path(cases_file).read_text(encoding="utf-8"))
+    train.TILES = replace(
+        TILES, parts=job["parts_tile"]
+    )  # small cases need small tiles, or one tile is all there is
+    for raw in job["cases"]:
         case = Case.model_validate(raw)
         method = registry.load(case.method, case.options)
         ulysses, ring = parallel_groups(rank, method.layout(case, 0))

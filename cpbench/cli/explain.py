@@ -1,0 +1,236 @@
+"""`cpbench explain`: what is alive at the peak of a case, and why; of two cases, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from cpbench.case import STACKS, Case, Device, Dtype
+from cpbench.cli import flags
+from cpbench.errors import UsageError
+from cpbench.explain import cases_of_run, explain
+from cpbench.explanation import Explanation
+from cpbench.report.explanation import categories, difference, where, write_explanation
+from cpbench.scenario import build_scenario
+from cpbench.units import format_bytes
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+cpbench explain --method upipe --seqlen 1M
+
+cpbench explain --method ulysses,upipe --seqlen 4M
+
+cpbench explain my-run upipe-1M
+"""
+_WHAT, _WHERE = "What to explain", "Where it goes"
+_MOST_CASES = 2
+
+
+def explain_(
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN", help="A run: folder, or name in --runs.")
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CASE...]", help="One or two of its cases: the beginning of a case id is enough."
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(metavar="M,...", help="Methods. Default: upipe.", rich_help_panel=_WHAT),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="M,...", help="Presets or config.json files. Default: llama3-8b.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    seqlen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="S,...", help="Sequence lengths in tokens. Default: 128K.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    world: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="float32|bfloat16", help="Compute dtype. Default: bfloat16.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    stack: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="plain|checkpoint|long",
+            help="What surrounds attention. Default: long.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD.FIELD=VALUE", help="Option of a method.", rich_help_panel=_WHAT),
+    ] = None,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="File of a method outside the tree; repeatable.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda", help="What the estimate stands for.", rich_help_panel=_WHAT)
+    ] = "cuda",
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="H", help="Machine profile. Default: h100-80g.", rich_help_panel=_WHAT),
+    ] = None,
+    no_options: Annotated[
+        bool,
+        typer.Option(
+            "--no-options", help="Do not estimate again with other stack options.", rich_help_panel=_WHAT
+        ),
+    ] = False,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="Folder of explain.html and explain.png.", rich_help_panel=_WHERE),
+    ] = Path("explain"),
+    runs: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
+    ] = Path("runs"),
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON on standard output; write no files.", rich_help_panel=_WHERE),
+    ] = False,
+) -> None:
+    """Say what is alive at the memory peak of a case, and why; of two cases, side by side."""
+    axes = {
+        "method": flags.split(method),
+        "model": flags.split(model),
+        "seq_len": flags.lengths(seqlen),
+        "world_size": flags.counts("--world", world),
+        "batch_size": flags.counts("--batch", batch),
+        "dtype": [str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split(dtype)],
+        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split(stack)],
+    }
+    asked = {key: values for key, values in axes.items() if values}
+    plugins: tuple[Path, ...] = tuple(path.absolute() for path in plugin or ())
+    if run is not None:
+        if asked or option or plugin or hardware:
+            raise UsageError("name a RUN with its CASE, or describe cases by flags, not both")
+        cases, plugins = cases_of_run(_folder(run, runs), case or [])
+        if not cases:
+            raise UsageError("name the CASE too: the beginning of its id is enough")
+    else:
+        raw = build_scenario({}).model_dump(exclude_none=True)
+        raw["sweep"] |= asked
+        raw["run"] |= {"mode": "estimate"} | ({"hardware": hardware} if hardware else {})
+        raw["options"] = flags.option_sets(option)
+        chosen = flags.choice("--device", device, get_args(Device))
+        cases = build_scenario(raw).expand(mode="estimate", device="cpu" if chosen == "cpu" else "cuda")
+    if len(cases) > _MOST_CASES:
+        raise UsageError(f"these are {len(cases)} cases; explain takes one, or two to compare")
+    found = _explained(cases, plugins, options=not no_options)
+    if as_json:
+        typer.echo(json.dumps([e.model_dump(mode="json") for e in found], indent=1))
+        return
+    console = Console()
+    for explanation in found:
+        _print(console, explanation)
+    if len(found) > 1:
+        _print_difference(console, found)
+    for path, what in zip(write_explanation(found, out), ("page", "picture"), strict=True):
+        console.print(Text(f"{what}: {path}"), soft_wrap=True)
+
+
+def _explained(cases: Sequence[Case], plugins: Sequence[Path], *, options: bool) -> list[Explanation]:
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        return [explain(case, plugins, options=options) for case in cases]
+    with errors.status("resolving") as status:
+
+        def said(words: str) -> None:
+            status.update(Text(words))
+
+        return [explain(case, plugins, options=options, said=said) for case in cases]
+
+
+def _folder(text: str, runs: Path) -> Path:
+    for folder in (Path(text), runs / text):
+        if folder.is_dir():
+            return folder
+    raise UsageError(f"run {text!r} is neither a folder nor a run in {runs}")
+
+
+def _print(console: Console, e: Explanation) -> None:
+    a = e.anatomy
+    console.print(
+        Text(f"\n{e.case.title}: peak {format_bytes(a.peak_bytes)} in {where(a.peak)}", style="bold")
+    )
+    if e.device_bytes is not None:
+        left = e.device_bytes - a.peak_bytes
+        words = f"{format_bytes(left)} to spare" if left >= 0 else f"{format_bytes(-left)} too much"
+        console.print(Text(f"room for tensors on {e.case.hardware}: {format_bytes(e.device_bytes)}, {words}"))
+    table = Table("category", _right("at the peak"), _right("peak without it"), "which lies in", box=None)
+    for c in a.categories:
+        table.add_row(c.name, format_bytes(c.bytes), format_bytes(c.peak_without_bytes), c.phase_without)
+    console.print(table)
+    tensors = Table(
+        _right("bytes"), _right("count"), "tensor", "category", "made by", _right("peak without"), box=None
+    )
+    for t in a.tensors:
+        tensor = " x ".join(str(size) for size in t.shape or ()) + (f" {t.dtype}" if t.dtype else "")
+        tensors.add_row(
+            format_bytes(t.total_bytes),
+            str(t.count),
+            Text(tensor),
+            t.category,
+            Text(t.site),
+            format_bytes(t.peak_without_bytes),
+        )
+    tensors.add_row(format_bytes(a.unlisted_bytes), "", "", "", "smaller ones", "")
+    console.print()
+    console.print(tensors)
+    if e.options:
+        changed = Table("stack option", _right("peak"), _right("difference"), _right("host"), "", box=None)
+        for o in e.options:
+            change = "" if o.peak_bytes is None else difference(o.peak_bytes - a.peak_bytes)
+            changed.add_row(
+                f"{o.option}={o.value}",
+                format_bytes(o.peak_bytes),
+                change,
+                format_bytes(o.host_bytes),
+                Text(o.reason or ""),
+            )
+        console.print()
+        console.print(changed)
+
+
+def _print_difference(console: Console, found: Sequence[Explanation]) -> None:
+    console.print(Text("\nside by side, each at its own peak", style="bold"))
+    table = Table("category", *(_right(e.case.title) for e in found), _right("difference"), box=None)
+    for name, sizes in categories(found):
+        table.add_row(name, *(format_bytes(size) for size in sizes), difference(sizes[1] - sizes[0]))
+    peaks = [e.anatomy.peak_bytes for e in found]
+    table.add_row(
+        "peak", *(format_bytes(size) for size in peaks), difference(peaks[1] - peaks[0]), style="bold"
+    )
+    console.print(table)
+
+
+def _right(title: str) -> Column:
+    return Column(title, justify="right")

@@ -1,0 +1,279 @@
+"""`make gpu`: what one GPU can show in a few minutes, as records and a short table.
+
+    python -m cpbench.gpu_checks --out runs/gpu-checks [--skip parity] [--skip sweep] [--skip throughput]
+
+    parity        every attention kernel, and every method's attention with its ranks as threads on the device
+    sweep         one emulated rank, all methods, shorter lengths first; the signed error of the estimate of its peak
+    throughput    the compute of two methods, more steps
+
+Each step has its own limit and all have one together; what a step found before its limit counts.  Nothing needs a
+network.  `--device cpu` with a small model and `--dtype float32` runs the same without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpbench import registry
+from cpbench.errors import CpbenchError
+from cpbench.launch import child_environment
+from cpbench.record import Record, read_record
+from cpbench.supervise import GRACE_SECONDS
+from cpbench.units import format_bytes, format_length, format_rate, format_seconds, parse_length
+
+STEPS = ("parity", "sweep", "throughput")
+_MADE = ("sweep-*", "throughput", "parity.json", "records.jsonl", "table.txt")
+_ALONE = "single"
+"""The method of one rank: it does not belong in a sweep over a world."""
+BAR = (-0.01, 0.03)
+"""Signed error of an estimate that is good enough: rather too high, never far too low."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """One `cpbench sweep` of emulated cases; name of its run, lengths, methods, layers."""
+
+    name: str
+    lengths: tuple[str, ...]
+    methods: tuple[str, ...]
+    layers: int
+    steps: int = 1
+
+
+@dataclass(slots=True)
+class Checks:
+    """The command line, and the clock that all steps share."""
+
+    given: argparse.Namespace
+    deadline: float
+    failed: bool = False
+
+    def parity(self) -> None:
+        """Check kernels and methods."""
+        command = ["-m", "cpbench.parity.one_device", "--device", self.given.device]
+        command += ["--dtype", self.given.dtype, "--out", str(self._file)]
+        command += [item for name in self.given.method for item in ("--method", name)]
+        if self._run(command, self.given.parity_limit) != 0:
+            self.failed = True
+
+    def sweep(self) -> None:
+        """Run what the lengths ask for, the shortest first, so that a limit costs the longest."""
+        end = time.monotonic() + self.given.sweep_limit
+        for sweep in self.sweeps():
+            left = end - time.monotonic()
+            if left <= 0:
+                self._say(f"{sweep.name}: no time left")
+                self.failed = True
+            elif self._sweep(sweep, left) != 0:
+                self.failed = True
+
+    def throughput(self) -> None:
+        """Time two methods with more steps."""
+        sweep = Sweep(
+            name="throughput",
+            lengths=(self.given.throughput_length,),
+            methods=tuple(self.given.compare),
+            layers=self.given.layers,
+            steps=3,
+        )
+        if self._sweep(sweep, self.given.throughput_limit) != 0:
+            self.failed = True
+
+    def sweeps(self) -> Iterator[Sweep]:
+        """Yield the parts of the sweep; the longest length has one layer and the two methods that are compared."""
+        methods = tuple(self.given.method) or tuple(n for n in registry.method_files() if n != _ALONE)
+        lengths = sorted(self.given.length, key=parse_length)
+        for position, length in enumerate(lengths):
+            longest = position == len(lengths) - 1 and len(lengths) > 1
+            yield Sweep(
+                name=f"sweep-{length}",
+                lengths=(length,),
+                methods=tuple(m for m in reversed(self.given.compare) if m in methods)
+                if longest
+                else methods,
+                layers=self.given.layers if position == 0 else 1,
+            )
+
+    def findings(self) -> list[dict[str, object]]:
+        """Return what the parity step has found."""
+        try:
+            found: list[dict[str, object]] = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        return found
+
+    def records(self, name: str) -> list[Record]:
+        """Return the records of the runs whose name begins so."""
+        found = []
+        for path in sorted(self.given.out.glob(f"{name}*/cases/*.json")):
+            try:
+                found.append(read_record(path))
+            except CpbenchError as error:
+                self._say(str(error))
+        return sorted(found, key=lambda r: (r.seq_len, r.method))
+
+    @property
+    def _file(self) -> Path:
+        path: Path = self.given.out / "parity.json"
+        return path
+
+    def _sweep(self, sweep: Sweep, limit: float) -> int | None:
+        given = self.given
+        command = ["-m", "cpbench", "sweep", "--mode", "emulate", "--device", given.device]
+        command += ["--model", given.model, "--world", str(given.world), "--dtype", given.dtype]
+        command += ["--hardware", given.hardware, "--rank", str(given.rank), "--layers", str(sweep.layers)]
+        command += ["--method", ",".join(sweep.methods), "--seqlen", ",".join(sweep.lengths)]
+        command += [
+            "--steps",
+            str(sweep.steps),
+            "--warmup",
+            "0",
+            "--runs",
+            str(given.out),
+            "--name",
+            sweep.name,
+        ]
+        return self._run(command, limit)
+
+    def _run(self, command: Sequence[str], limit: float) -> int | None:
+        """Run a step of ours; None when its limit came first."""
+        limit = min(limit, self.deadline - time.monotonic())
+        if limit <= 0:
+            self._say("no time left")
+            return None
+        environment = child_environment(self.given.device, 1, single_node=True)
+        process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
+        try:
+            return process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self._say(f"the limit of {limit:.0f} s has come")
+            process.send_signal(signal.SIGINT)  # a sweep ends its case and keeps its records
+            try:
+                process.wait(timeout=2 * GRACE_SECONDS + 5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            return None
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+    def _say(self, words: str) -> None:
+        sys.stdout.write(f"{words}\n")
+        sys.stdout.flush()
+
+
+def table(checks: Checks) -> str:
+    """Return the short table of everything found."""
+    lines = ["", "parity"]
+    findings = checks.findings()
+    wrong = [f for f in findings if not f["passed"]]
+    for kind in ("kernel", "method"):
+        names = sorted({str(f["name"]) for f in findings if f["what"] == kind})
+        bad = sorted({str(f["name"]) for f in wrong if f["what"] == kind})
+        verdict = f"FAIL: {', '.join(bad)}" if bad else "pass"
+        lines.append(f"  {kind}s  {', '.join(names) or '-'}  {verdict if names else 'not run'}")
+    lines += ["", f"one rank of {checks.given.world}, emulated, {checks.given.model}"]
+    head = ("method", "length", "layers", "status", "peak", "estimate", "error", "compute")
+    rows = [_row(record) for record in checks.records("sweep")]
+    lines += _columns([head, *rows]) if rows else ["  not run"]
+    lines += ["", "throughput, compute only (communication is not in it)"]
+    timed = [r for r in checks.records("throughput") if r.compute_seconds is not None]
+    rates = {r.method: r.seq_len * r.batch_size / r.world_size / (r.compute_seconds or 1.0) for r in timed}
+    lines += [
+        f"  {r.method}  {format_length(r.seq_len)}  {r.architecture.num_layers} layers  "
+        f"{format_seconds(r.compute_seconds)}  {format_rate(rates[r.method])} tokens/s"
+        for r in timed
+    ] or ["  not run"]
+    first, second = checks.given.compare
+    if first in rates and second in rates:
+        lines.append(f"  {first} / {second} = {rates[first] / rates[second]:.3f}")
+    return "\n".join(lines) + "\n"
+
+
+def signed_error(record: Record) -> float | None:
+    """Return (estimated - measured) / measured peak of an emulated record."""
+    measured, estimate = record.peak_allocated_bytes, record.estimated_peak_bytes
+    return None if not measured or estimate is None else (estimate - measured) / measured
+
+
+def _row(record: Record) -> tuple[str, ...]:
+    error = signed_error(record)
+    mark = "" if error is None or BAR[0] <= error <= BAR[1] else " !"
+    of = f"/{record.model_layers}" if record.model_layers else ""
+    return (
+        record.method,
+        format_length(record.seq_len),
+        f"{record.architecture.num_layers}{of}",
+        record.status,
+        format_bytes(record.peak_allocated_bytes),
+        format_bytes(record.estimated_peak_bytes),
+        "-" if error is None else f"{error:+.2%}{mark}",
+        format_seconds(record.compute_seconds),
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the steps, print the table, and return 0 if every step did all its work and passed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cpbench.gpu_checks", description="What one GPU can show in a few minutes."
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/gpu-checks"),
+        help="folder; what an earlier call left there is removed",
+    )
+    parser.add_argument("--skip", action="append", default=[], choices=STEPS)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", default="llama3-8b")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--hardware", default="h100-80g", help="whose communication is modelled")
+    parser.add_argument("--world", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=2, help="at the shortest length and for the throughput")
+    parser.add_argument("--method", action="append", default=[], help="repeatable; default: all")
+    parser.add_argument("--length", action="append", default=[], help="repeatable; default: 128K, 512K, 2M")
+    parser.add_argument("--compare", nargs=2, default=["upipe", "ulysses"], metavar="METHOD")
+    parser.add_argument("--throughput-length", default="256K")
+    parser.add_argument("--limit", type=float, default=530.0, help="seconds for everything")
+    parser.add_argument("--parity-limit", type=float, default=120.0)
+    parser.add_argument("--sweep-limit", type=float, default=400.0)
+    parser.add_argument("--throughput-limit", type=float, default=100.0)
+    given = parser.parse_args(arguments)
+    given.out = given.out.absolute()
+    given.length = given.length or ["128K", "512K", "2M"]
+    given.out.mkdir(parents=True, exist_ok=True)
+    for pattern in _MADE:
+        for path in given.out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    checks = Checks(given, deadline=time.monotonic() + given.limit)
+    steps = {"parity": checks.parity, "throughput": checks.throughput, "sweep": checks.sweep}
+    for name, step in steps.items():
+        if name not in given.skip:
+            step()
+    text = table(checks)
+    (given.out / "table.txt").write_text(text, encoding="utf-8")
+    lines = [r.model_dump_json() + "\n" for name in ("sweep", "throughput") for r in checks.records(name)]
+    (given.out / "records.jsonl").write_text("".join(lines), encoding="utf-8")
+    sys.stdout.write(text)
+    return 1 if checks.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
