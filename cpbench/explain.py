@@ -63,20 +63,25 @@ def explain(
         UsageError: the case cannot run, or an option is wrong.
     """
     asked = case.model_copy(update={"mode": "estimate"})
-    item = resolve_cases([asked], plugins)[0]
+    changes = list(_changed(asked.stack)) if options else []
+    variants = [asked.model_copy(update={"stack": stack}) for _, _, stack in changes]
+    said(f"resolving {case.title}")
+    item, *others = resolve_cases([asked, *variants], plugins)
     if item.unsupported:
         raise UsageError(f"{case.title}: {item.unsupported}")
-    said(f"estimating {item.case.title}")
-    answer = _ask(item.case, plugins, whole=True)
-    if "unsupported" in answer:
-        raise UsageError(f"{case.title}: {answer['unsupported']}")
-    effects = []
-    for name, value, stack in _changed(item.case.stack) if options else ():
-        said(f"estimating {item.case.title} with {name}={value}")
-        effects.append(_effect(item.case.model_copy(update={"stack": stack}), plugins, name, value))
+    running = [other.case for other in others if not other.unsupported]
+    said(f"estimating {case.title}" + (f" and {len(running)} variants of its stack" if running else ""))
+    first, *rest = _ask([item.case, *running], plugins)
+    if "unsupported" in first:
+        raise UsageError(f"{case.title}: {first['unsupported']}")
+    answers = iter(rest)
+    effects = [
+        _effect(name, value, {"unsupported": other.unsupported} if other.unsupported else next(answers))
+        for (name, value, _), other in zip(changes, others, strict=True)
+    ]
     return Explanation(
         case=item.case,
-        anatomy=Anatomy.model_validate(answer),
+        anatomy=Anatomy.model_validate(first),
         options=tuple(
             sorted(effects, key=lambda effect: (effect.peak_bytes is None, effect.peak_bytes or 0))
         ),
@@ -98,14 +103,7 @@ def _changed(stack: Stack) -> Iterator[tuple[str, str, Stack]]:
         yield name, str(value).lower(), changed
 
 
-def _effect(case: Case, plugins: Sequence[Path], name: str, value: str) -> OptionEffect:
-    item = resolve_cases([case], plugins)[0]
-    if item.unsupported:
-        return OptionEffect(option=name, value=value, peak_bytes=None, reason=item.unsupported)
-    try:
-        answer = _ask(item.case, plugins, whole=False)
-    except RuntimeError as error:  # what is known of the case itself must not be lost with it
-        answer = {"unsupported": f"the estimate failed: {str(error).splitlines()[-1]}"}
+def _effect(name: str, value: str, answer: dict[str, Any]) -> OptionEffect:
     if "unsupported" in answer:
         return OptionEffect(option=name, value=value, peak_bytes=None, reason=str(answer["unsupported"]))
     return OptionEffect(
@@ -122,16 +120,15 @@ def _room(case: Case) -> int | None:
     return int((hardware.device_memory_bytes - overhead) / (1 + MARGIN))
 
 
-def _ask(case: Case, plugins: Sequence[Path], *, whole: bool) -> dict[str, Any]:
-    """Run the worker.
+def _ask(cases: Sequence[Case], plugins: Sequence[Path]) -> list[dict[str, Any]]:
+    """Run the worker: the anatomy of the first case, the peaks of the others.
 
     Raises:
         RuntimeError: it failed without saying why; a defect of cpbench.
     """
     request = {
-        "case": case.model_dump(mode="json"),
+        "cases": [case.model_dump(mode="json") for case in cases],
         "plugins": [str(path.absolute()) for path in plugins],
-        "whole": whole,
     }
     done = subprocess.run(
         [sys.executable, "-m", "cpbench.explain_worker"],
@@ -146,7 +143,7 @@ def _ask(case: Case, plugins: Sequence[Path], *, whole: bool) -> dict[str, Any]:
         answer = json.loads(done.stdout)
     except ValueError:
         answer = None
-    if done.returncode or not isinstance(answer, dict):
+    if done.returncode or not isinstance(answer, list) or len(answer) != len(cases):
         tail = "\n".join(done.stderr.splitlines()[-15:])
         raise RuntimeError(f"cpbench.explain_worker ended with code {done.returncode} and no answer:\n{tail}")
     return answer

@@ -1,15 +1,17 @@
-"""Estimates one case and takes its peak apart, in a process of its own.
+"""Estimates a case, takes its peak apart, and estimates variants of it, in a process of its own.
 
     python -m cpbench.explain_worker < request.json > answer.json
 
-The request is `{"case", "plugins", "whole"}`, the case resolved; the answer an `Anatomy` if `whole`, else
-`{"peak_bytes", "host_bytes"}`, or `{"unsupported": reason}`.
+The request is `{"cases", "plugins"}`, the cases resolved; the answer a list: for the first case an `Anatomy`, for the
+others `{"peak_bytes", "host_bytes"}`.  A case that cannot run gives `{"unsupported": reason}`; a variant whose estimate
+fails gives that too, so that what is known of the case itself is not lost with it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,17 @@ def explain(case: Case, plugins: list[Path], *, whole: bool) -> dict[str, Any]:
     return {"peak_bytes": analyse(Timeline(events), step=STEP).peak_bytes, "host_bytes": host}
 
 
+def _variant(case: Case, plugins: list[Path]) -> dict[str, Any]:
+    try:
+        return explain(case, plugins, whole=False)
+    except Exception as error:
+        traceback.print_exc()
+        return {"unsupported": f"the estimate failed: {type(error).__name__}: {error}"}
+
+
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    answer = explain(
-        Case.model_validate(request["case"]),
-        [Path(plugin) for plugin in request["plugins"]],
-        whole=request["whole"],
-    )
-    json.dump(answer, sys.stdout)
+    first, *variants = (Case.model_validate(raw) for raw in request["cases"])
+    files = [Path(plugin) for plugin in request["plugins"]]
+    answers = [explain(first, files, whole=True), *(_variant(case, files) for case in variants)]
+    json.dump(answers, sys.stdout)

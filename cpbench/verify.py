@@ -195,7 +195,7 @@ class _Launches:
             self.display.finished(result)
 
     def _launch(self, items: Mapping[int, VerifyItem]) -> tuple[dict[int, Verification], bool, str | None]:
-        """Return (answers, whether a case had begun, why there are no more: None if the ranks stopped by themselves)."""
+        """Return (answers, whether a case had begun, what ended the launch: None if the ranks did)."""
         positions = list(items)
         request = self.request
         with tempfile.TemporaryDirectory(prefix="cpbench-verify-") as folder:

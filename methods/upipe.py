@@ -157,8 +157,8 @@ class UPipe:
 
         Peaks, with m = M U/H, c one of k, v of a group, l the log-sum-exp of a stage: the most of any stage i of P, of
 
-            forward     q, k, v, out, l: 2m + 2c + l, and what attention holds inside; the part before on its way to
-                        the host: m (device: i m)
+            forward     q, k, v, out, l: 2m + 2c + l, and what attention holds inside; on CUDA the part before, on its
+                        way to the host: m (device: i m)
             backward    q, out, dout, dq: 4m; k, v, dk, dv: 4c; l, and what attention holds inside (both with a ring:
                         `cpbench.runtime.ring_costs`); sums of dk, dv of earlier turns: 2c
                         (device: P-1 parts of outputs and gradients, and the l still to come; recompute: i parts)
@@ -197,7 +197,7 @@ class UPipe:
             if backward and not stage.first:
                 here += 2 * unit.kv
             if keep == "host":
-                here += unit.q if i and not backward else 0
+                here += unit.q if i and not backward and case.device == "cuda" else 0
             else:
                 here += i * unit.q
             if backward and keep != "host":
@@ -227,6 +227,17 @@ class UPipe:
 
 
 METHOD = UPipe
+VERIFY_OPTIONS = (
+    {"keep_output": "device"},
+    {"keep_output": "recompute"},
+    {"keep_output": "host", "overlap": True},
+    {"stage_heads": 8},
+    {"stage_heads": 16},
+    {"ring_degree": 2},
+    {"ring_degree": 4, "overlap": True},
+    {"published": True},
+    {"published": True, "ring_degree": 2},
+)
 
 
 @dataclass(frozen=True, slots=True)

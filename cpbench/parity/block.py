@@ -66,6 +66,7 @@ class Block:
             rope=Rope(layout.segments, case.architecture.rope_theta),
             recorder=recorder,
             host=HostPool(ranks.device, Streams(ranks.device), recorder),
+            parts_tile=2**11,  # so that small shapes have several tiles too
         )
 
     def run(self, inputs: dict[str, Tensor], surroundings: Surroundings = "plain") -> BlockRun:

@@ -11,7 +11,6 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -186,7 +185,7 @@ class ThreadRanks(Ranks):
     @classmethod
     def of(cls, threads: Threads, rank: int) -> ThreadRanks:
         """Return the ranks as one of them sees them."""
-        ranks = cls(rank, threads.size, cast(DeviceMesh, None), threads.device, timedelta(seconds=_SECONDS))
+        ranks = cls(rank=rank, size=threads.size, mesh=cast(DeviceMesh, None), device=threads.device)
         object.__setattr__(ranks, "threads", threads)
         object.__setattr__(ranks, "everyone", threads.group(rank, tuple(range(threads.size))))
         return ranks

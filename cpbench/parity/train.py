@@ -19,7 +19,7 @@ from cpbench.verification import Check
 
 STEPS = 3
 Scalar = Literal["loss", "grad norm"]
-_TILES = Tiles(norm=24, mlp=20, loss=28)
+_TILES = Tiles(norm=24, mlp=20, loss=28, parts=2**11)
 """So small that the shortest sequences have several, the last one shorter."""
 
 

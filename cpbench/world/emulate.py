@@ -10,7 +10,6 @@ place of communication; how long that would take is for the time model to say (`
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -274,8 +273,7 @@ def emulated_world(case: Case, layout: Layout, rank: int) -> Iterator[World]:
     """
     device = torch.device("cpu")
     if case.device == "cuda":
-        # A device mesh wants as many ranks on every machine as it has devices; with one device any number will do.
-        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        # Before the mesh is made: it would else ask whether the ranks fill this machine's devices.
         device = torch.device("cuda", 0)
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -22,6 +22,7 @@ from cpbench.world.estimate import estimate_case
 from cpbench.world.run import run_case
 from tests.cpbench.many_cases import measure
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a world size also waits for its real ranks
 METHODS = tuple(registry.method_files())
 # heads, KV heads, head_dim, hidden, ffn, layers, batch, tokens a rank, qk-norm
 SHAPES = (

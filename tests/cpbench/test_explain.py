@@ -12,7 +12,7 @@ from cpbench.cli import app
 from cpbench.explanation import Explanation
 from cpbench.report.explanation import categories, write_explanation
 
-TINY = ("--model", "tiny", "--seqlen", "4K", "--world", "4")
+TINY = ("--model", "tiny", "--seqlen", "4K", "--world", "4", "--dtype", "float32", "--device", "cpu")
 
 
 def run(*arguments: str) -> list[Explanation]:

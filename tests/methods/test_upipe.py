@@ -98,6 +98,16 @@ def test_every_option_has_its_closed_form(options: Options, kv_heads: int) -> No
     assert count.backward_peak_bytes == pytest.approx(costs.backward_peak_bytes, rel=0.01)
 
 
+def test_on_cpu_nothing_waits_for_a_copy() -> None:
+    """There a copy to the host is done when the call returns, so no part is left on its way."""
+    case = case_of("upipe", {}, device="cpu", dtype="float32")
+    costs = registry.load("upipe", case.options).costs(case)
+    count = counted(case)
+
+    assert count.forward_peak_bytes == pytest.approx(costs.forward_peak_bytes, rel=0.01)
+    assert count.backward_peak_bytes == pytest.approx(costs.backward_peak_bytes, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "hidden", "forward", "backward"),
     [(32, 8, 4096, 2.77, 7.03), (64, 8, 5120, 1.89, 4.78)],

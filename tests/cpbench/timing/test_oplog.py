@@ -245,6 +245,9 @@ def test_sampled_tiles_do_all_the_work(method: str, monkeypatch: pytest.MonkeyPa
     different = {
         name: (size, sampled[1][name]) for name, size in every[1].items() if size != sampled[1][name]
     }
+    # A loop that loads the next tile ahead loads one more than there are where tiles between two are left out.
+    true, counted = different.pop("copy_in", (1, 1))
+    assert true <= counted <= 1.5 * true
     assert different == {}
 
 
