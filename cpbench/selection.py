@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cpbench.case import Dtype
 from cpbench.shape import Shape, matrix, model_shape, random_shapes
@@ -24,6 +24,9 @@ class Selection:
     stacks: Mapping[Shape, tuple[str, ...]] = field(default_factory=dict)
     """Stacks in which whole models are trained at a shape, by name; at other shapes, none.  Option sets other than a
     method's first train in the last stack only, since what they change lies inside attention."""
+    counted: frozenset[Shape] = frozenset()
+    """Shapes for whose heads peaks are counted; for option sets other than a method's first, only where models are
+    trained too."""
     thorough: frozenset[Shape] = frozenset()
     """Shapes at which the option sets that a method declares run too; at others, its defaults alone."""
 
@@ -31,7 +34,12 @@ class Selection:
 def quick(world_size: int, dtypes: Sequence[Dtype]) -> Selection:
     """Return one shape: GQA in a batch of two with qk-norm."""
     shapes = tuple(model_shape(world_size, dtype) for dtype in dtypes)
-    return Selection(shapes=shapes, stacks=dict.fromkeys(shapes, _QUICK_STACKS), thorough=frozenset(shapes))
+    return Selection(
+        shapes=shapes,
+        stacks=dict.fromkeys(shapes, _QUICK_STACKS),
+        counted=frozenset(shapes),
+        thorough=frozenset(shapes),
+    )
 
 
 def standard(world_size: int, dtypes: Sequence[Dtype], *, random: int = 0, seed: int = 0) -> Selection:
@@ -50,6 +58,7 @@ def standard(world_size: int, dtypes: Sequence[Dtype], *, random: int = 0, seed:
             *random_shapes(world_size, random, seed, dtypes),
         ),
         stacks={group[0]: _ALL_STACKS for group in shapes},
+        counted=frozenset(shape for group in shapes for shape in group),
         thorough=frozenset(shape for group in shapes for shape in group[:2]),
     )
 
@@ -59,11 +68,14 @@ def full(
 ) -> Selection:
     """Return everything: every option set at every shape, random ones included."""
     some = standard(world_size, dtypes, random=random, seed=seed)
-    return Selection(shapes=some.shapes, stacks=some.stacks, thorough=frozenset(some.shapes))
+    return replace(some, thorough=frozenset(some.shapes))
 
 
 def one_shape(shapes: Sequence[Shape]) -> Selection:
     """Return shapes that the user gave, with every stack and option set."""
     return Selection(
-        shapes=tuple(shapes), stacks=dict.fromkeys(shapes, _ALL_STACKS), thorough=frozenset(shapes)
+        shapes=tuple(shapes),
+        stacks=dict.fromkeys(shapes, _ALL_STACKS),
+        counted=frozenset(shapes),
+        thorough=frozenset(shapes),
     )

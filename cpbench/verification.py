@@ -91,6 +91,8 @@ class VerifyItem(_Facts):
     """The options that were asked for."""
     stacks: tuple[str, ...] = ()
     """Stacks, by their names in `STACKS_CHECKED`, in which the whole model is trained too."""
+    count: bool = False
+    """Count the peaks of the block at a long length too."""
 
 
 class VerifyJob(_Facts):

@@ -70,6 +70,7 @@ class VerifyRequest:
                             case=self._case(method, options, shape),
                             given=dict(options),
                             stacks=stacks if position == 0 else stacks[-1:],
+                            count=shape in self.selection.counted and (position == 0 or bool(stacks)),
                         )
                     )
         return found

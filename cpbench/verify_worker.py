@@ -151,6 +151,8 @@ def _count(job: VerifyJob, rank: int, size: int) -> dict[int, Peaks | None]:
 
     blocks: dict[str, list[int]] = {}
     for index, item in enumerate(job.items):
+        if not item.count:
+            continue
         blocks.setdefault(_block_key(item.case), []).append(index)
     found: dict[int, Peaks | None] = {}
     plugins = [Path(plugin) for plugin in job.plugins]

@@ -33,7 +33,6 @@ live during backward.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -56,7 +55,7 @@ from cpbench.runtime.memo import Memo
 from cpbench.runtime.projection import HeadNorm, project, project_backward
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
-from cpbench.runtime.tiles import tiles
+from cpbench.runtime.tiles import growing_rows, tiles
 
 _TILE_ELEMENTS = 2**20  # rows of a merge tile are chosen so that its float32 temporary stays at 4 MiB
 
@@ -248,36 +247,24 @@ class _Block(torch.autograd.Function):
 class _Projected:
     """Chunks of one sequence in host memory, in head layout; those not projected yet are missing."""
 
-    q: list[Stored] = field(default_factory=list)
-    kv: list[KeyValue] = field(default_factory=list)
+    q: dict[int, Stored] = field(default_factory=dict)
+    kv: dict[int, KeyValue] = field(default_factory=dict)
+
+    def load(self, chunk: int, host: HostPool) -> None:
+        """Start to bring a chunk's keys and values back."""
+        for stored in self.kv[chunk]:
+            host.prefetch(stored)
+
+    def read(self, chunk: int, host: HostPool) -> tuple[Tensor, Tensor]:
+        """Return k and v of a chunk; they stay in host memory too."""
+        k, v = self.kv[chunk]
+        return host.read(k), host.read(v)
 
     def drop(self, host: HostPool) -> None:
         """Give keys and values back; a fetch of the queries has done so."""
-        for stored in chain.from_iterable(self.kv):
+        for stored in chain.from_iterable(self.kv.values()):
             host.drop(stored)
         self.kv.clear()
-
-
-@dataclass(frozen=True, slots=True)
-class _Loads:
-    """Keys and values on their way to the device: first in, first out.
-
-    Not by index, so that where an estimate leaves pairs of chunks out, the next pair takes what has been loaded.
-    """
-
-    host: HostPool
-    waiting: deque[KeyValue] = field(default_factory=deque)
-
-    def start(self, kv: KeyValue) -> None:
-        """Start one load."""
-        for stored in kv:
-            self.host.prefetch(stored)
-        self.waiting.append(kv)
-
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """Return k and v of the oldest load."""
-        k, v = self.waiting.popleft()
-        return self.host.read(k), self.host.read(v)
 
 
 @dataclass(slots=True)
@@ -327,9 +314,9 @@ class _Chunks:
         return int(self.x.shape[1]) // self.tokens
 
     def places(self) -> Iterator[Place]:
-        """Yield every chunk, those of a sequence in order."""
+        """Yield every chunk, those of a sequence in order; an estimate leaves some out."""
         for sequence in range(self.x.shape[0]):
-            for chunk in range(self.count):
+            for chunk in growing_rows(self.count):
                 yield sequence, chunk
 
     def part(self, t: Tensor, place: Place) -> Tensor:
@@ -346,10 +333,10 @@ class _Chunks:
         stored = host.store(v) if keeps_kv else None
         k = self._heads("k", place)
         if stored is not None:
-            projected.kv.append((host.store(k), stored))
+            projected.kv[place[1]] = host.store(k), stored
         q = self._heads("q", place)
         if keeps_q:
-            projected.q.append(host.store(q))
+            projected.q[place[1]] = host.store(q)
         return q, k, v
 
     def _heads(self, which: Which, place: Place) -> Tensor:
@@ -399,31 +386,31 @@ def _forward(block: _Chunks, memo: Memo, y: Tensor, *, keeps: bool) -> list[_Pro
 
 def _forward_from_memo(block: _Chunks, memo: Memo, y: Tensor) -> None:
     """Write the block's output from the attention output that an earlier forward left; it stays for backward."""
-    places = [*block.places()]
-    for place, following in zip(places, [*places[1:], None], strict=True):
-        if following is not None:
-            memo.prefetch(_name("out", following))
-        block.project_output(memo.read(_name("out", place)), y, place)
+    before: Place | None = None
+    for place in block.places():
+        memo.prefetch(_name("out", place))
+        if before is not None:
+            block.project_output(memo.read(_name("out", before)), y, before)
+        before = place
+    if before is not None:
+        block.project_output(memo.read(_name("out", before)), y, before)
 
 
 def _attend(block: _Chunks, place: Place, projected: _Projected, *, keeps: bool) -> dict[str, Tensor]:
     """Return `out`, `[1, T, h/C, e]`, and `lse` of a chunk's queries."""
-    kernels, scale, chunk = block.ctx.kernels, block.ctx.scale, place[1]
-    loads = _Loads(block.ctx.host)
-    if chunk > 1:
-        loads.start(projected.kv[0])
+    kernels, scale, host, chunk = block.ctx.kernels, block.ctx.scale, block.ctx.host, place[1]
+    if chunk > 1:  # the chunk before may still be leaving, and only a read waits for that
+        projected.load(0, host)
     keeps_kv = keeps or chunk + 1 < block.count
     q, k, v = block.project(place, projected, keeps_q=keeps, keeps_kv=keeps_kv)
     out, lse = kernels.forward(q, k, v, causal=True, scale=scale)
     del k, v
     if chunk > 0:
         out = out.float()
-    if chunk == 1:  # the chunk before may still be leaving, and only a read waits for that
-        loads.waiting.append(projected.kv[0])
-    for _, following in _earlier(chunk):
+    for j, following in _earlier(chunk):
         if following is not None:
-            loads.start(projected.kv[following])
-        k, v = loads.wait()
+            projected.load(following, host)
+        k, v = projected.read(j, host)
         part, part_lse = kernels.forward(q, k, v, causal=False, scale=scale)
         del k, v
         _merge_(out, lse, part, part_lse)
@@ -432,12 +419,14 @@ def _attend(block: _Chunks, place: Place, projected: _Projected, *, keeps: bool)
     return {"out": out.to(block.x.dtype), "lse": lse}
 
 
-def _earlier(chunk: int, *, every: bool = False) -> Iterator[tuple[int, int | None]]:
-    """Yield every chunk before one, and the chunk to load meanwhile; an estimate leaves some out, unless `every`."""
-    for keys in (slice(j, j + 1) for j in range(chunk - 1)) if every else tiles(chunk - 1, 1):
+def _earlier(chunk: int) -> Iterator[tuple[int, int | None]]:
+    """Yield every chunk before one, and the chunk to load meanwhile; an estimate yields the first few of them."""
+    last = 0
+    for keys in tiles(chunk - 1, 1):
         yield keys.start, keys.stop
+        last = keys.stop
     if chunk > 0:
-        yield chunk - 1, None
+        yield last, None
 
 
 @dataclass(slots=True)
@@ -451,14 +440,17 @@ class _Backward:
     weights: dict[str, _Sum]
     sequence: int
     projected: _Projected
-    dkv: list[Stored] = field(default_factory=list)
+    dkv: dict[int, Stored] = field(default_factory=dict)
     """Sums of dk and dv of the chunks so far, `[2, 1, T, k/C, e]` float32."""
 
     def run(self) -> None:
         """Write dx and add to the weights' gradients."""
-        for chunk in range(self.block.count):
+        for chunk in growing_rows(self.block.count):
             self._take("q", chunk, self._row(chunk), first=chunk + 1 < self.block.count)
-        self.projected.drop(self.block.ctx.host)
+        host = self.block.ctx.host
+        self.projected.drop(host)
+        for stored in self.dkv.values():
+            host.drop(stored)
 
     def _row(self, chunk: int) -> Tensor:
         """Return dq of a chunk, `[1, T, h/C, e]`.
@@ -466,8 +458,7 @@ class _Backward:
         The sums of a pair load while its kernel runs, and leave while the next one does.
         """
         ctx, host = self.block.ctx, self.block.ctx.host
-        loads = _Loads(host)
-        dout, q, k, v, out, lse = self._start(chunk, loads)
+        dout, q, k, v, out, lse = self._start(chunk)
         dq, dk, dv = ctx.kernels.backward(dout, q, k, v, out, lse, causal=True, scale=ctx.scale)
         del k, v
         if chunk > 0:
@@ -483,19 +474,18 @@ class _Backward:
             leaving = chunk, dkv
             del dkv
         del dk, dv
-        # An estimate runs every pair of the last row, because each of them sends.
-        for j, following in _earlier(chunk, every=last):
+        for j, following in _earlier(chunk):
             host.prefetch(self.dkv[j])
             if following is not None:
-                loads.start(self.projected.kv[following])
-            k, v = loads.wait()
+                self.projected.load(following, host)
+            k, v = self.projected.read(j, host)
             self._store(leaving)  # after the reads, which would make the kernel wait for it
             leaving = None
             part, dk, dv = ctx.kernels.backward(dout, q, k, v, out, lse, causal=False, scale=ctx.scale)
             del k, v
             dq += part
             del part
-            dkv = host.fetch(self.dkv[j])
+            dkv = host.read(self.dkv[j])
             dkv[0] += dk
             dkv[1] += dv
             del dk, dv
@@ -508,17 +498,17 @@ class _Backward:
         self._store(leaving)
         return dq
 
-    def _start(self, chunk: int, loads: _Loads) -> tuple[Tensor, ...]:
+    def _start(self, chunk: int) -> tuple[Tensor, ...]:
         """Return dout, q, k, v, out, lse of a row in head layout, its own keys first; give wo its gradient."""
         block, ctx, memo, host = self.block, self.block.ctx, self.memo, self.block.ctx.host
         place = self.sequence, chunk
         memo.prefetch(_name("out", place))
-        waits = chunk < len(self.projected.q)
+        waits = chunk in self.projected.q
         if waits:
             host.prefetch(self.projected.q[chunk])
-            loads.start(self.projected.kv[chunk])
+            self.projected.load(chunk, host)
         if chunk > 0:
-            loads.start(self.projected.kv[0])
+            self.projected.load(0, host)
         dy = block.part(self.dy, place)
         saved = {"out": memo.take(_name("out", place))}
         memo.prefetch(_name("lse", place))  # after a read, because with one chunk it is what left last
@@ -526,23 +516,23 @@ class _Backward:
         out = all_to_all_heads(saved.pop("out"), ctx.ulysses, ctx.recorder)
         saved["dout"] = (dy @ block.weights.wo).unflatten(-1, (-1, ctx.case.architecture.head_dim))
         dout = all_to_all_heads(saved.pop("dout"), ctx.ulysses, ctx.recorder)
+        lse = memo.take(_name("lse", place))
         if waits:
-            q, (k, v) = host.fetch(self.projected.q[chunk]), loads.wait()
+            q, (k, v) = host.fetch(self.projected.q[chunk]), self.projected.read(chunk, host)
         else:
             keeps_kv = chunk + 1 < block.count
             q, k, v = block.project(place, self.projected, keeps_q=False, keeps_kv=keeps_kv)
-        return dout, q, k, v, out, memo.take(_name("lse", place))
+        return dout, q, k, v, out, lse
 
     def _store(self, leaving: tuple[int, Tensor] | None) -> None:
         """Put the sums of a chunk into host memory."""
         if leaving is None:
             return
         chunk, dkv = leaving
-        stored = self.block.ctx.host.store(dkv)
-        if chunk < len(self.dkv):
-            self.dkv[chunk] = stored
+        if chunk in self.dkv:
+            self.block.ctx.host.overwrite(self.dkv[chunk], dkv)
         else:
-            self.dkv.append(stored)
+            self.dkv[chunk] = self.block.ctx.host.store(dkv)
 
     def _take(self, which: Which, chunk: int, grad: Tensor, *, first: bool = False) -> None:
         """Turn a chunk's gradient of q, k or v in head layout into those of x and of the weights."""

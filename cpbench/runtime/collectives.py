@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpbench.runtime.recorder import Recorder
+from cpbench.runtime.tiles import tile_times
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +250,10 @@ class CollectiveLog:
 
 
 class CountCollectives(TorchDispatchMode):
-    """Counts the collectives of everything inside, FSDP's included, in forward and in backward."""
+    """Counts the collectives of everything inside, FSDP's included, in forward and in backward.
+
+    One in a tile that stands for many, in an estimate, is counted as often.
+    """
 
     def __init__(self, log: CollectiveLog) -> None:
         super().__init__()
@@ -270,12 +274,16 @@ class CountCollectives(TorchDispatchMode):
             name = func._schema.name
             if name in _KINDS:
                 kind, tensor, group, sent = _KINDS[name]
-                self.log.add(kind, sent(_nbytes(args[tensor]), _group_size(args[group])))
+                self._add(kind, sent(_nbytes(args[tensor]), _group_size(args[group])))
             elif name == "_c10d_functional::all_to_all_single":
-                self.log.add("all_to_all", _split_bytes(args[0], args[2], args[3]))
+                self._add("all_to_all", _split_bytes(args[0], args[2], args[3]))
             elif name not in _UNCOUNTED:
                 self.log.unknown.append(name)
         return func(*args, **(kwargs or {}))
+
+    def _add(self, kind: str, size: int) -> None:
+        for _ in range(tile_times()):
+            self.log.add(kind, size)
 
 
 def _nbytes(value: Tensor | Sequence[Tensor]) -> int:

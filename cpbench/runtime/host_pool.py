@@ -7,17 +7,21 @@ Ordering on CUDA.  A copy out waits for all compute queued before it, and its so
 to wait for the copy: at the next `store`, or when something is read back.  A copy in waits for compute too, because its
 buffer may be memory that earlier compute still reads, and for the copy out of what it reads; reading makes compute
 wait for the copy.  So a slab given up by `drop` is overwritten only after everything read from it has arrived.
+
+In an estimate a tile may stand for many (`cpbench.runtime.tiles`).  What it stores takes slabs for all of them, and
+dropping that gives all of them back.  That is exact where a tile gives back slabs of a size before it takes some.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.streams import Streams
+from cpbench.runtime.tiles import tile_times
 
 
 @dataclass(slots=True, eq=False)
@@ -27,9 +31,11 @@ class Stored:
     slab: Tensor  # [nbytes] uint8
     shape: torch.Size
     dtype: torch.dtype
-    copied: torch.cuda.Event | None
+    others: list[Tensor] = field(default_factory=list)
+    """Slabs that only count: those of the tiles for which the one that stored it stands."""
+    copied: torch.cuda.Event | None = None
     """When the copy out is complete."""
-    source: Tensor | None
+    source: Tensor | None = None
     """Kept until then."""
     arrived: torch.cuda.Event | None = None
     fetched: Tensor | None = None
@@ -79,8 +85,18 @@ class HostPool:
     def store(self, t: Tensor) -> Stored:
         """Start copying a tensor out; it may be dropped by the caller at once, but not overwritten."""
         self._release_copied()
-        slab = self._take(t.numel() * t.element_size())
-        stored = Stored(slab=slab, shape=t.shape, dtype=t.dtype, copied=None, source=t)
+        others, slab = self._take(t.numel() * t.element_size(), tile_times())
+        stored = Stored(slab=slab, shape=t.shape, dtype=t.dtype, others=others)
+        self._copy_out(t, stored)
+        return stored
+
+    def overwrite(self, stored: Stored, t: Tensor) -> None:
+        """Start copying a tensor of the same shape and dtype to where one lies that has been read; see `store`."""
+        self._release_copied()
+        self._copy_out(t, stored)
+
+    def _copy_out(self, t: Tensor, stored: Stored) -> None:
+        stored.source = t
         with self._streams.after_compute("copy_out"):
             stored.view().copy_(t, non_blocking=True)
         stored.copied = self._streams.event("copy_out")
@@ -88,7 +104,6 @@ class HostPool:
             self._leaving.append(stored)
         else:
             stored.source = None
-        return stored
 
     def prefetch(self, stored: Stored) -> None:
         """Start copying back to the device."""
@@ -115,7 +130,9 @@ class HostPool:
 
     def drop(self, stored: Stored) -> None:
         """Give the slab back for reuse; the stored tensor is lost."""
-        self._free.setdefault(stored.slab.numel(), []).append(stored.slab)
+        free = self._free.setdefault(stored.slab.numel(), [])
+        free[:0] = stored.others
+        free.append(stored.slab)
 
     def load_rows(self, stored: Stored, rows: slice, total: int) -> Loading:
         """Start copying some rows of a tensor, seen as `[total, -1]`, to the device; see `arrive`."""
@@ -134,21 +151,30 @@ class HostPool:
             tensor.copy_(source, non_blocking=True)
         return Loading(tensor, self._streams.event("copy_in"))
 
-    def _take(self, size: int) -> Tensor:
-        free = self._free.get(size)
-        if free:
-            return free.pop()
-        slab = torch.empty(size, dtype=torch.uint8)
-        self._recorder.mark("host", slab)
+    def _take(self, size: int, count: int) -> tuple[list[Tensor], Tensor]:
+        """Take free slabs, or new ones: those that only count, and the one to be written, if possible an allocation by itself."""
+        free = self._free.setdefault(size, [])
+        if not free:
+            free += self._new(size, 1)
+        slab = free.pop()
+        if len(free) < count - 1:
+            free[:0] = self._new(size, count - 1 - len(free))
+        others, free[: count - 1] = free[: count - 1], []
+        return others, slab
+
+    def _new(self, size: int, count: int) -> list[Tensor]:
+        block = torch.empty(size * count, dtype=torch.uint8)
+        self._recorder.mark("host", block)
         if self._device.type == "cuda":
-            code = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), size, 0)
+            code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size * count, 0)
             if int(code) != 0:
                 raise MemoryError(
-                    f"{size} bytes of host memory could not be page-locked (cudaHostRegister error {int(code)}); "
+                    f"{size * count} bytes of host memory could not be page-locked "
+                    f"(cudaHostRegister error {int(code)}); "
                     "raise the memlock limit or use a machine with more host memory"
                 )
-        self.bytes += size
-        return slab
+        self.bytes += size * count
+        return [block] if count == 1 else list(block.split(size))
 
     def _release_copied(self) -> None:
         """Drop sources whose copies were queued before this call; compute waits for them before reusing the memory."""

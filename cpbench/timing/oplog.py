@@ -143,7 +143,7 @@ class OpLog(CollectiveLog):
         if any(writer.stream == "reduce" for writer in writers) and _fsdp() == "reduce":
             return "reduce", []  # FSDP's own work on what it has just reduced, on the same stream
         for key in keys:
-            del self._written[key]
+            self._written.pop(key, None)  # two arguments may share memory
         return "compute", list(dict.fromkeys(writers))
 
     def _over_lists(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:  # noqa: ANN401

@@ -68,7 +68,8 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
     log = CollectiveLog()
     for operation in operations:
         if operation.work == "collective":
-            log.add(operation.name, operation.size)
+            for _ in range(operation.times):
+                log.add(operation.name, operation.size)
     sample, modelled = None, None
     rates = load_hardware(case.hardware).rates if case.hardware is not None else None
     if rates is not None and traced.kernel in rates.attention:

@@ -265,7 +265,8 @@ class _Cutter:
             seen = [segment.layer for segment in p.segments]
             whole = list(range(self._layers))
             if p.stage == "optimizer" and seen in (whole[:1], whole[-1:]):
-                p.segments[0].layer = None  # what a loop left behind: said once of the first or of the last layer
+                # What a loop left behind: it is there once, in the first or in the last layer.
+                p.segments[0].layer = None
                 continue
             if seen not in ([None], whole, whole[::-1]):
                 raise NotPeriodic(f"a pass of {p.stage} visits layers {seen}")

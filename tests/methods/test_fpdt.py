@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from cpbench.block_count import BlockCount, count_block
 from cpbench.case import STACKS, Case, Device, Dtype
 from cpbench.errors import Unsupported, UsageError
+from cpbench.memory.categories import analyse
+from cpbench.memory.timeline import Timeline
 from cpbench.method import AttentionWeights
 from cpbench.model_config import ModelConfig
 from cpbench.runtime.collectives import Group
@@ -25,10 +28,13 @@ from cpbench.runtime.memo import Memo
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
 from cpbench.runtime.streams import Streams
+from cpbench.runtime.tiles import growing_rows, tile_times
 from cpbench.selection import Selection
 from cpbench.shape import Shape
 from cpbench.verification import Verification
 from cpbench.verify import VerifyRequest, verify
+from cpbench.world.estimate import STEP, Traced, traced_step
+from cpbench.world.layers import host_peak_bytes
 from methods.fpdt import Fpdt
 
 BROKEN = Path(__file__).parent / "broken"
@@ -48,6 +54,7 @@ def case(
     qk_norm: bool = False,
     device: Device = "cuda",
     dtype: Dtype = "bfloat16",
+    save_attention: int = 0,
 ) -> Case:
     return Case(
         method="fpdt",
@@ -66,10 +73,21 @@ def case(
         batch_size=batch_size,
         world_size=world_size,
         dtype=dtype,
-        stack=STACKS["long"],
+        stack=STACKS["long"].model_copy(update={"save_attention": save_attention}),
         mode="estimate",
         device=device,
     )
+
+
+def wrong_row(rows: int) -> Iterator[int]:
+    """As `growing_rows`, but the first of the rows between stands for them."""
+    for row in growing_rows(rows):
+        yield 3 if tile_times() > 1 else row
+
+
+def rows_left_out(rows: int) -> Iterator[int]:
+    """As `growing_rows`, but every row stands for itself alone."""
+    yield from [*growing_rows(rows)]
 
 
 @pytest.mark.parametrize(("world_size", "chunk", "count"), [(1, 6, 3), (2, 6, 1), (4, 8, 5)])
@@ -157,18 +175,73 @@ def test_peaks_do_not_depend_on_the_length() -> None:
     assert peaks(short) == peaks(long)
 
 
-def test_an_estimate_that_leaves_pairs_out_counts_as_if_it_ran_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Device peaks, host memory and collective bytes are those of the full loops."""
-    method, of = Fpdt(chunk_tokens=CHUNK), case(seq_len=7 * CHUNK)
-    sampled = count_block(of, method)
+@pytest.mark.parametrize(
+    ("count", "save_attention", "num_kv_heads", "device"),
+    [
+        (5, 0, 16, "cuda"),
+        (5, 1, 4, "cpu"),
+        (6, 1, 4, "cuda"),
+        (7, 0, 4, "cuda"),
+        (7, 1, 16, "cuda"),
+        (12, 0, 16, "cpu"),
+        (12, 1, 4, "cuda"),
+    ],
+)
+def test_an_estimate_that_leaves_chunks_out_counts_as_if_it_ran_them(
+    monkeypatch: pytest.MonkeyPatch, count: int, save_attention: int, num_kv_heads: int, device: Device
+) -> None:
+    """A step's memory, host memory, collectives, FLOPs and bytes of each operation are those of the full loops."""
+    of = case(seq_len=count * 1024, num_kv_heads=num_kv_heads, device=device, save_attention=save_attention)
+    sampled = step(of)
 
-    monkeypatch.setattr("methods.fpdt.tiles", every)
-    full = count_block(of, method)
+    monkeypatch.setattr("cpbench.world.estimate.sampled_tiles", nullcontext)
+    full = step(of)
 
-    assert len(full.timeline.events) > 1.3 * len(sampled.timeline.events)
-    assert peaks(full) == peaks(sampled)
-    assert full.host_bytes == sampled.host_bytes
-    assert full.backward.bytes == sampled.backward.bytes
+    assert len(full.trace.events) > len(sampled.trace.events)
+    assert analysed(full) == analysed(sampled)
+    assert totals(full) == totals(sampled)
+
+
+def test_a_block_that_leaves_chunks_out_is_counted_as_if_it_ran_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks, host memory, bytes and calls, with both ways to recompute, for two sequences."""
+    method, of = Fpdt(chunk_tokens=1024), case(seq_len=7 * 1024, batch_size=2, qk_norm=True)
+    sampled = [counts(count_block(of, method, save_attention=saves)) for saves in (False, True)]
+
+    monkeypatch.setattr("cpbench.block_count.sampled_tiles", nullcontext)
+
+    assert sampled == [counts(count_block(of, method, save_attention=saves)) for saves in (False, True)]
+
+
+@pytest.mark.parametrize("wrong", [wrong_row, rows_left_out])
+def test_rows_that_stand_for_the_wrong_number_are_found(
+    monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int], Iterator[int]]
+) -> None:
+    """The first row of those between has too few pairs to stand for them; a row left out sends too little."""
+    of = case(seq_len=7 * 1024)
+    expected = totals(step(of))
+
+    monkeypatch.setattr("methods.fpdt.growing_rows", wrong)
+
+    assert totals(step(of)) != expected
+
+
+def test_the_number_of_chunks_hardly_changes_what_an_estimate_runs() -> None:
+    """Beyond seven chunks nothing is added but numbers."""
+    few, many = (count_block(case(seq_len=count * 1024), Fpdt(chunk_tokens=1024)) for count in (7, 41))
+
+    assert len(few.timeline.events) == len(many.timeline.events)
+
+
+def test_exchanges_and_copies_are_on_their_streams() -> None:
+    """Chunks are exchanged among compute; they leave and come back beside it, and compute waits for them."""
+    operations = [operation for _, operation in step(case(seq_len=5 * 1024)).trace.operations]
+    chunk = [o for o in operations if any(scope.startswith("attention:") for scope in o.scope)]
+
+    assert {o.stream for o in chunk if o.name == "all_to_all"} == {"communication"}
+    assert {o.name for o in chunk if o.work == "copy"} == {"copy_in", "copy_out"}
+    assert all(o.stream == o.name for o in chunk if o.work == "copy")
+    waited = {id(other) for o in chunk if o.stream == "compute" for other in o.waits}
+    assert all(id(o) in waited for o in chunk if o.stream in ("communication", "copy_in"))
 
 
 @pytest.mark.parametrize(("num_kv_heads", "sums_fit"), [(4, True), (8, False)])
@@ -280,11 +353,30 @@ def failed(result: Verification) -> set[str]:
     return {check.name for check in result.checks if not check.passed}
 
 
-def every(rows: int, size: int | None, *, sums: bool = False) -> Iterator[slice]:
-    """As `tiles` does where nothing is sampled."""
-    step = size or rows
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def step(of: Case) -> Traced:
+    """A whole step of one layer in chunks of 1024 tokens."""
+    return traced_step(of, Fpdt(chunk_tokens=1024), edges=())
+
+
+def analysed(traced: Traced) -> tuple[object, ...]:
+    """All that is known of a step's memory, but where in its scope each of the largest was made."""
+    numbers = analyse(Timeline(traced.trace.events), step=STEP)
+    return replace(numbers, largest=()), host_peak_bytes(traced.trace.events)
+
+
+def totals(traced: Traced) -> dict[tuple[str, str, str], tuple[int, int, int]]:
+    """(How often, FLOPs, bytes) by phase, stream and name of the operation."""
+    result: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    for _, o in traced.trace.operations:
+        key = o.phase, o.stream, o.name
+        calls, flops, size = result.get(key, (0, 0, 0))
+        result[key] = calls + o.times, flops + o.times * o.flops, size + o.times * o.size
+    return result
+
+
+def counts(counted: BlockCount) -> BlockCount:
+    """Without the events themselves."""
+    return replace(counted, timeline=Timeline())
 
 
 class Block:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cpbench.runtime.tiles import sampled_tiles, tile_times, tiles
+from cpbench.runtime.tiles import growing_rows, sampled_tiles, tile_times, tiles
 
 SHAPES = [(rows, size) for rows in (0, 1, 7, 8, 16, 17, 24, 100, 104) for size in (1, 8, 50, None)]
 
@@ -37,6 +37,20 @@ def test_the_tile_after_a_sum_exists_is_sampled() -> None:
     with sampled_tiles():
         assert [(t.start, tile_times()) for t in tiles(60, 10, sums=True)] == [(0, 1), (10, 1), (20, 4)]
         assert [(t.start, tile_times()) for t in tiles(65, 10)] == [(0, 1), (10, 5), (60, 1)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 5, 6, 7, 8, 12, 13, 80])
+def test_sampled_rows_stand_for_a_triangle(rows: int) -> None:
+    """Rows, and what grows by one from row to row, add up; the first three and the last are there."""
+    with sampled_tiles():
+        found = [(row, tile_times()) for row in growing_rows(rows)]
+        assert tile_times() == 1
+
+    assert list(growing_rows(rows)) == list(range(rows))
+    assert sum(times for _, times in found) == rows
+    assert sum(row * times for row, times in found) == sum(range(rows))
+    assert {*range(min(rows, 3)), *range(rows)[-1:]} <= {row for row, times in found if times == 1}
+    assert len(found) <= 6
 
 
 def test_loops_inside_loops_multiply_and_end() -> None:

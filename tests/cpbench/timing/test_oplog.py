@@ -120,6 +120,19 @@ def test_an_asynchronous_collective_is_waited_for_where_its_result_is_used(group
     assert use.waits == (exchange,)
 
 
+def test_two_views_of_what_arrives_are_waited_for_once(group: object) -> None:
+    """A computation on both halves of a received tensor waits for one exchange."""
+
+    def program(recorder: Recorder) -> None:
+        sent, received = torch.ones(800), torch.empty(800)
+        work = dist.all_to_all_single(received, sent, async_op=True)
+        work.wait()
+        received[:400].add_(received[400:])
+
+    _, exchange, use = logged(program)
+    assert use.waits == (exchange,)
+
+
 def test_what_was_sent_is_freed_only_when_it_is_gone(group: object) -> None:
     """Compute waits for an exchange before it may use the memory of what was sent."""
 
