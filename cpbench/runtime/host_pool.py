@@ -152,7 +152,7 @@ class HostPool:
         return Loading(tensor, self._streams.event("copy_in"))
 
     def _take(self, size: int, count: int) -> tuple[list[Tensor], Tensor]:
-        """Take free slabs, or new ones: those that only count, and the one to be written, if possible an allocation by itself."""
+        """Return slabs, free or new: those that only count, and the one to write to, an allocation by itself if it can be."""
         free = self._free.setdefault(size, [])
         if not free:
             free += self._new(size, 1)

@@ -205,6 +205,15 @@ def scratch_bytes(op: object, args: Sequence[object]) -> int:
     return copied + scratch_of(backend, q.shape, k.shape, q.element_size(), backward=backward)
 
 
+def cpu_scratch_is_known(dtype: torch.dtype) -> bool:
+    """Return whether `scratch_bytes` states what cpu-flash allocates inside on this processor.
+
+    In bfloat16 it does not where oneDNN has bfloat16 matrix products (AVX-512 with AMX, say): there the kernel packs
+    its keys and values, and every product takes a workspace, of sizes that only oneDNN knows.
+    """
+    return dtype == torch.float32 or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def scratch_of(
     backend: str, queries: Sequence[int], keys: Sequence[int], element: int, *, backward: bool
 ) -> int:

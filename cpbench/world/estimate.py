@@ -27,11 +27,12 @@ from cpbench.memory.timeline import Timeline
 from cpbench.method import Method
 from cpbench.record import Memory, RankReport, Software, WorkerReport
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
+from cpbench.runtime.kernels import cpu_scratch_is_known
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.tiles import sampled_tiles
 from cpbench.timing.model import modelled_time
 from cpbench.timing.oplog import OpLog
-from cpbench.train import TrainStep
+from cpbench.train import DTYPES, TrainStep
 from cpbench.world.fake import fake_world
 from cpbench.world.layers import Depth, NotPeriodic, Owner, Trace, host_peak_bytes, repeated
 
@@ -102,6 +103,11 @@ def traced_step(
     Raises:
         Unsupported: the attention backend's inner memory is not known.
     """
+    if case.device == "cpu" and not cpu_scratch_is_known(DTYPES[case.dtype]):
+        raise Unsupported(
+            "the estimate does not know what torch's CPU kernels allocate inside for bfloat16 on this processor (oneDNN "
+            "packs their operands); use --dtype float32, or --device cuda"
+        )
     if case.attention_backend == "cudnn":
         raise Unsupported(
             'the estimate does not know cuDNN\'s workspace; set attention_backend = "auto" in [run] of the scenario'

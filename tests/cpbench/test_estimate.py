@@ -37,6 +37,7 @@ def case(method: str, stack: str, *, layers: int = 8, seq_len: int = 16_384, dev
             "stack": STACKS[stack],
             "mode": "estimate",
             "device": device,
+            "dtype": "float32" if device == "cpu" else "bfloat16",
         }
     )
     resolved, unsupported = resolve(requested, [])

@@ -20,7 +20,7 @@ from cpbench.memory.categories import analyse
 from cpbench.memory.timeline import Timeline
 from cpbench.method import AttentionWeights
 from cpbench.model_config import ModelConfig
-from cpbench.runtime.collectives import Group
+from cpbench.runtime.collectives import CollectiveLog, Group
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.host_pool import HostPool
 from cpbench.runtime.kernels import select_kernels
@@ -178,13 +178,13 @@ def test_peaks_do_not_depend_on_the_length() -> None:
 @pytest.mark.parametrize(
     ("count", "save_attention", "num_kv_heads", "device"),
     [
-        (5, 0, 16, "cuda"),
-        (5, 1, 4, "cpu"),
+        (5, 0, 16, "cpu"),
         (6, 1, 4, "cuda"),
         (7, 0, 4, "cuda"),
-        (7, 1, 16, "cuda"),
-        (12, 0, 16, "cpu"),
-        (12, 1, 4, "cuda"),
+        pytest.param(5, 1, 4, "cpu", marks=pytest.mark.slow),
+        pytest.param(7, 1, 16, "cuda", marks=pytest.mark.slow),
+        pytest.param(12, 0, 16, "cpu", marks=pytest.mark.slow),
+        pytest.param(12, 1, 4, "cuda", marks=pytest.mark.slow),
     ],
 )
 def test_an_estimate_that_leaves_chunks_out_counts_as_if_it_ran_them(
@@ -204,7 +204,7 @@ def test_an_estimate_that_leaves_chunks_out_counts_as_if_it_ran_them(
 
 def test_a_block_that_leaves_chunks_out_is_counted_as_if_it_ran_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Peaks, host memory, bytes and calls, with both ways to recompute, for two sequences."""
-    method, of = Fpdt(chunk_tokens=1024), case(seq_len=7 * 1024, batch_size=2, qk_norm=True)
+    method, of = Fpdt(chunk_tokens=1024), case(seq_len=8 * 1024, batch_size=2, qk_norm=True)
     sampled = [counts(count_block(of, method, save_attention=saves)) for saves in (False, True)]
 
     monkeypatch.setattr("cpbench.block_count.sampled_tiles", nullcontext)
@@ -375,8 +375,13 @@ def totals(traced: Traced) -> dict[tuple[str, str, str], tuple[int, int, int]]:
 
 
 def counts(counted: BlockCount) -> BlockCount:
-    """Without the events themselves."""
-    return replace(counted, timeline=Timeline())
+    """Without the events themselves, and collectives in no order: those of a tile come as often as it stands for."""
+    logs = {
+        name: replace(log, sequence=sorted(log.sequence))
+        for name in ("forward", "recomputation", "backward")
+        if isinstance(log := getattr(counted, name), CollectiveLog)
+    }
+    return replace(counted, timeline=Timeline(), **logs)
 
 
 class Block:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.cpu_trace import CpuTrace
 from cpbench.memory.fake_trace import FakeTrace
-from cpbench.runtime.kernels import Kernels, scratch_bytes
+from cpbench.runtime.kernels import Kernels, cpu_scratch_is_known, scratch_bytes
 from cpbench.runtime.recorder import Recorder
 
 Program = Callable[[Recorder], None]
@@ -89,6 +89,8 @@ def test_scratch_of_the_cpu_kernel_is_what_the_allocator_says(
     dtype: torch.dtype, queries: int, keys: int
 ) -> None:
     """Forward and backward allocate inside exactly what the formula says, for every tile size and both dtypes."""
+    if not cpu_scratch_is_known(dtype):
+        pytest.skip("oneDNN packs bfloat16 operands on this processor, in sizes that only it knows")
     q, k, v = (torch.randn(2, n, 4, 24).to(dtype) for n in (queries, keys, keys))
     kernels = Kernels("cpu-flash")
     out, lse = kernels.forward(q, k, v, causal=False, scale=1.0)
