@@ -107,10 +107,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         self._counts: list[Tensor] = list(counts.unbind())
         for parameter, count in zip(self._parameters, self._counts, strict=True):
             self.state[parameter]["step"] = count
-        zero = torch.zeros(())  # of the host, so that filling takes no device memory
-        recorder.mark("host", zero)
         self._pieces = [
-            Piece(parts, pool.store(zero.expand(2, sum(part.elements for part in parts))))
+            Piece(parts, pool.zeros((2, sum(part.elements for part in parts)), torch.float32))
             for parts in cut([_local(parameter).numel() for parameter in self._parameters], PIECE)
         ]
 

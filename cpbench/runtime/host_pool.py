@@ -14,6 +14,8 @@ dropping that gives all of them back.  That is exact where a tile gives back sla
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -90,6 +92,13 @@ class HostPool:
         self._copy_out(t, stored)
         return stored
 
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Stored:
+        """Return a tensor of zeros that never was on the device."""
+        others, slab = self._take(math.prod(shape) * dtype.itemsize, tile_times())
+        stored = Stored(slab=slab, shape=torch.Size(shape), dtype=dtype, others=others)
+        stored.view().zero_()
+        return stored
+
     def overwrite(self, stored: Stored, t: Tensor) -> None:
         """Start copying a tensor of the same shape and dtype to where one lies that has been read; see `store`."""
         self._release_copied()
@@ -152,9 +161,9 @@ class HostPool:
         return Loading(tensor, self._streams.event("copy_in"))
 
     def _take(self, size: int, count: int) -> tuple[list[Tensor], Tensor]:
-        """Return slabs, free or new: those that only count, and the one to write to, an allocation by itself if it can be."""
+        """Return slabs, free or new: those that only count, and the one to write to."""
         free = self._free.setdefault(size, [])
-        if not free:
+        if not free:  # made by itself: of what shares an allocation, a time model takes all for written
             free += self._new(size, 1)
         slab = free.pop()
         if len(free) < count - 1:

@@ -25,6 +25,23 @@ from tests.cpbench.workers.harness import FAKE_WORKER, ROOT
 
 SURFACE = {
     "doctor": {"--json", "--runs"},
+    "explain": {
+        "--batch",
+        "--device",
+        "--dtype",
+        "--hardware",
+        "--json",
+        "--method",
+        "--model",
+        "--no-options",
+        "--option",
+        "--out",
+        "--plugin",
+        "--runs",
+        "--seqlen",
+        "--stack",
+        "--world",
+    },
     "list": {"--json", "--plugin"},
     "report": {"--baseline", "--json", "--out", "--runs"},
     "sweep": {

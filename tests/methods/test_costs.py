@@ -49,8 +49,10 @@ THOROUGH = ("MHA", "24 heads, a batch", "one rank", "cpu")
 
 OPTIONS: dict[str, Callable[[Case], tuple[Options, ...]]] = {
     "fpdt": lambda case: ({"chunk_tokens": case.seq_len // 4}, {"chunk_tokens": 0}),
+    "upipe": lambda case: ({},),
 }
-"""Counted instead of the defaults and the option sets that a method declares: chunks of 64K would be many and slow."""
+"""Counted instead of the defaults and the option sets that a method declares: chunks of 64K would be many and slow, and
+the options of upipe are counted by `test_upipe.py`."""
 
 
 def request(

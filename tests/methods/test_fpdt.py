@@ -20,7 +20,7 @@ from cpbench.memory.categories import analyse
 from cpbench.memory.timeline import Timeline
 from cpbench.method import AttentionWeights
 from cpbench.model_config import ModelConfig
-from cpbench.runtime.collectives import CollectiveLog, Group
+from cpbench.runtime.collectives import Group
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.host_pool import HostPool
 from cpbench.runtime.kernels import select_kernels
@@ -191,7 +191,13 @@ def test_an_estimate_that_leaves_chunks_out_counts_as_if_it_ran_them(
     monkeypatch: pytest.MonkeyPatch, count: int, save_attention: int, num_kv_heads: int, device: Device
 ) -> None:
     """A step's memory, host memory, collectives, FLOPs and bytes of each operation are those of the full loops."""
-    of = case(seq_len=count * 1024, num_kv_heads=num_kv_heads, device=device, save_attention=save_attention)
+    of = case(
+        seq_len=count * 1024,
+        num_kv_heads=num_kv_heads,
+        device=device,
+        dtype="float32" if device == "cpu" else "bfloat16",
+        save_attention=save_attention,
+    )
     sampled = step(of)
 
     monkeypatch.setattr("cpbench.world.estimate.sampled_tiles", nullcontext)
@@ -376,12 +382,13 @@ def totals(traced: Traced) -> dict[tuple[str, str, str], tuple[int, int, int]]:
 
 def counts(counted: BlockCount) -> BlockCount:
     """Without the events themselves, and collectives in no order: those of a tile come as often as it stands for."""
-    logs = {
-        name: replace(log, sequence=sorted(log.sequence))
-        for name in ("forward", "recomputation", "backward")
-        if isinstance(log := getattr(counted, name), CollectiveLog)
-    }
-    return replace(counted, timeline=Timeline(), **logs)
+    forward, recomputation, backward = (
+        replace(log, sequence=sorted(log.sequence))
+        for log in (counted.forward, counted.recomputation, counted.backward)
+    )
+    return replace(
+        counted, timeline=Timeline(), forward=forward, recomputation=recomputation, backward=backward
+    )
 
 
 class Block:

@@ -73,14 +73,17 @@ def test_every_option_of_a_method_is_verified(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_method_passes_on_four_ranks() -> None:
-    """Every shape of the matrix, every declared option set, every stack, peaks, and two shapes drawn at random."""
+    """Every shape of the matrix, every declared option set, every stack, and two shapes drawn at random.
+
+    Peaks of the defaults are among the checks; those of the option sets are held against `costs` by other tests.
+    """
     chosen = standard(4, ["float32"], random=2, seed=1)
     first = frozenset(chosen.shapes[:1])
-    report = run(dataclasses.replace(chosen, counted=first, thorough=first))
+    report = run(dataclasses.replace(chosen, counted=frozenset(chosen.shapes[2:3]), thorough=first))
 
     assert_all_pass(report, at_least=4)
     counted = [
-        r for r in report.results if r.shape == chosen.shapes[0] and r.verdict == "pass" and not r.given
+        r for r in report.results if r.shape == chosen.shapes[2] and r.verdict == "pass" and not r.given
     ]
     assert len(counted) > 5
     for result in counted:
