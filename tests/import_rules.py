@@ -23,12 +23,12 @@ NOUNS = """
     progress_file selection shape block_schedule explanation
 """
 ORCHESTRATOR = """
-    __main__ cli.* report.* disk doctor expand explain folders gpu_checks interrupt launch mode outcome progress provenance run_folder
-    slurm summary supervise sweep verify
+    __main__ cli.* report.* disk doctor expand explain folders gpu_checks interrupt launch mode outcome progress
+    provenance run_folder slurm summary supervise sweep verify
 """
 MEASURED = """
-    worker verify_worker explain_worker resolve probe parity.* block_count block_log block_names block_recorder train optimizer world.*
-    model.* memory.* timing.* runtime.*
+    worker verify_worker explain_worker resolve probe parity.* block_count block_log block_names block_recorder train
+    optimizer world.* model.* memory.* timing.* runtime.*
 """
 
 TORCH = frozenset({"torch"})

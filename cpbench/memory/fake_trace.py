@@ -28,6 +28,12 @@ from cpbench.runtime.recorder import Recorder
 
 _FSDP = "torch/distributed/fsdp/"
 _OURS = ("/cpbench/", "/methods/")
+_PLUMBING = (
+    "/runtime/collectives.py",
+    "/runtime/kernels.py",
+    "/runtime/host_pool.py",
+    "/runtime/ring_attention.py",
+)
 _KERNELS = (torch.ops.cpbench.attention_forward.default, torch.ops.cpbench.attention_backward.default)
 _BETWEEN = ("__torch_dispatch__",)  # of modes around this one
 _REDUCE = ("post_backward", "foreach_reduce", "reduce_scatter")
@@ -136,7 +142,7 @@ class FakeTrace(TorchDispatchMode):
         # shard inside a DTensor comes by as an operator of its own.
         if isinstance(result, FakeTensor):
             if result.fake_device.type != "meta":
-                self._see(result.untyped_storage())
+                self._see(result.untyped_storage(), result)
         elif isinstance(result, tuple | list):
             for part in result:
                 self._look(part)
@@ -149,7 +155,7 @@ class FakeTrace(TorchDispatchMode):
                 if made is not None and source is not None and made is not source:
                     self.origins[id(made)] = source
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _see(self, storage: torch.UntypedStorage, tensor: Tensor | None = None) -> None:
         key = storage._cdata
         if key in self._live:
             return
@@ -157,6 +163,8 @@ class FakeTrace(TorchDispatchMode):
         if size == 0:
             return
         allocation = Allocation(bytes=size, scope=tuple(self._recorder.path), site=_site(sys._getframe(1)))
+        if tensor is not None:
+            allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         self._live[key] = (allocation, weakref.ref(storage, self._finaliser(key)))
         self.timeline.events.append(Event(allocation, False, allocation.scope))
 
@@ -183,8 +191,11 @@ class FakeTrace(TorchDispatchMode):
 
 
 def _site(frame: FrameType | None) -> str:
-    """The line of ours that made an allocation, and whether FSDP did."""
-    ours, fsdp = "", ""
+    """The line of ours that made an allocation, and whether FSDP did.
+
+    A line of a method or of the model says more than the line of the kernel or collective that it called.
+    """
+    ours, fsdp, plumbing = "", "", ""
     depth = 0
     while frame is not None and depth < 60 and not ours:
         name = frame.f_code.co_filename
@@ -194,6 +205,10 @@ def _site(frame: FrameType | None) -> str:
         elif frame.f_code.co_name in _BETWEEN or name == __file__:
             pass
         elif any(part in name for part in _OURS):
-            ours = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
+            line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
+            if name.endswith(_PLUMBING):
+                plumbing = plumbing or line
+            else:
+                ours = line
         frame, depth = frame.f_back, depth + 1
-    return " > ".join(part for part in (ours, fsdp) if part)
+    return " > ".join(part for part in (ours or plumbing, fsdp) if part)

@@ -105,8 +105,8 @@ def traced_step(
     """
     if case.device == "cpu" and not cpu_scratch_is_known(DTYPES[case.dtype]):
         raise Unsupported(
-            "the estimate does not know what torch's CPU kernels allocate inside for bfloat16 on this processor (oneDNN "
-            "packs their operands); use --dtype float32, or --device cuda"
+            "the estimate does not know what torch's CPU kernels allocate inside for bfloat16 on this processor "
+            "(oneDNN packs their operands); use --dtype float32, or --device cuda"
         )
     if case.attention_backend == "cudnn":
         raise Unsupported(

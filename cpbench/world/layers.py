@@ -360,6 +360,7 @@ class _Repetition:
                 allocation = Allocation(
                     size, _renamed(a.scope, template, layer), a.site, a.inside_kernel, a.label
                 )
+                allocation.shape, allocation.dtype = a.shape, a.dtype
                 if id(a) in self._places:
                     made.append(allocation)
                 events.append(Event(allocation, False, scope))
