@@ -32,6 +32,7 @@ def case(method: str, stack: str, device: str, *, layers: int = LAYERS, **stack_
             "stack": STACKS[stack].model_copy(update=stack_fields),
             "mode": "estimate",
             "device": device,
+            "dtype": "bfloat16" if device == "cuda" else "float32",
         }
     )
     resolved, unsupported = resolve(requested, [])
