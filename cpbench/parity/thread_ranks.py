@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -36,7 +35,10 @@ class _Meeting:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=_SECONDS)
         self.slots: list[Any] = [None] * size
-        self.mail: dict[tuple[int, int], queue.Queue[_Message]] = defaultdict(queue.Queue)
+        # All made here: two threads that ask for a missing one at the same moment would get two.
+        self.mail: dict[tuple[int, int], queue.Queue[_Message]] = {
+            (source, target): queue.Queue() for source in range(size) for target in range(size)
+        }
 
 
 class _Message:
