@@ -52,6 +52,7 @@ def standard(world_size: int, dtypes: Sequence[Dtype], *, random: int = 0, seed:
         seed: draws them.
     """
     shapes = [matrix(world_size, dtype) for dtype in dtypes]
+    some = frozenset(shape for group in shapes for shape in group[:2])
     return Selection(
         shapes=(
             *(shape for group in shapes for shape in group),
@@ -59,7 +60,7 @@ def standard(world_size: int, dtypes: Sequence[Dtype], *, random: int = 0, seed:
         ),
         stacks={group[0]: _ALL_STACKS for group in shapes},
         counted=frozenset(shape for group in shapes for shape in group),
-        thorough=frozenset(shape for group in shapes for shape in group[:2]),
+        thorough=some,
     )
 
 

@@ -53,6 +53,8 @@ class Peaks(_Facts):
     """What one attention block was counted to hold and what the method states, at a long length; bytes."""
 
     tokens_per_rank: int
+    head_dim: int
+    """Width of a head: that of the shape, or more if peaks would be too small beside tiles."""
     unit_bytes: int
     """M: one tensor of all query heads of a rank's tokens."""
     forward_bytes: int

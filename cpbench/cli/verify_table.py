@@ -42,7 +42,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
         )
         console.print(_memory(report, shapes))
         console.print(
-            "M: one tensor of all query heads of a rank's tokens. *: the method states no peak.", style="dim"
+            "At: heads of a shape, tokens of a rank x head_dim. M: all query heads of these tokens. *: none stated.",
+            style="dim",
         )
     for findings in report.methods:
         if findings.reason:
@@ -89,7 +90,7 @@ def _memory(report: VerifyReport, shapes: dict[Shape, str]) -> Table:
             format_bytes(sum(result.backward_sent.values())),
             _peak(peaks.forward_bytes, peaks.unit_bytes, peaks.stated_forward_bytes),
             _peak(peaks.backward_bytes, peaks.unit_bytes, peaks.stated_backward_bytes),
-            f"{_letter(result.shape, shapes)}, {format_length(peaks.tokens_per_rank)} tokens",
+            f"{_letter(result.shape, shapes)}, {format_length(peaks.tokens_per_rank)} x {peaks.head_dim}",
         )
     return table
 

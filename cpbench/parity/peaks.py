@@ -1,8 +1,8 @@
 """The peaks of a block at a long length, counted over fake tensors, against those that `costs` states.
 
-Tiles of fixed size are left out of `costs`, so the length is such that they are far below the limit of 1 %: 1Mi tokens
-a rank, or 32Ki where a method takes too many operators for a few seconds (it may loop over chunks of fixed size; then
-the chunks, and not the length, are far larger than a tile).
+Tiles of fixed size are left out of `costs`, so a block is counted where they are far below the limit of 1 %: at 1Mi
+tokens a rank, or 32Ki where a method takes too many operators for a few seconds, and with heads wide enough for the
+smaller peak to be 4 GiB (a method may hold no more than chunks of fixed size).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LIMIT = 0.01
 LENGTHS = ((2**20, 28_000), (2**15, 15_000))
 """Tokens a rank, and the most operators that a rank's block may take there."""
 
+_LARGE_BYTES = 2**32
+
 
 def count_peaks(case: Case, method: Method) -> Peaks | None:
     """Return the peaks of a case's block at a long length, or None where nothing can be counted.
@@ -33,12 +35,19 @@ def count_peaks(case: Case, method: Method) -> Peaks | None:
         long = case.model_copy(update={"seq_len": tokens * case.world_size})
         try:
             method.check(long)
-            # Rank 0 and the last: under a causal mask they differ most.
-            counts = [_count(long, method, rank, operators) for rank in sorted({0, case.world_size - 1})]
+            peaks = _peaks(long, method, operators)
+            smaller = min(peaks.forward_bytes, peaks.backward_bytes)
+            if 0 < smaller < _LARGE_BYTES and case.device == "cpu":  # CUDA's kernels take no such heads
+                peaks = _peaks(_widened(long, -(-_LARGE_BYTES // smaller)), method, 2 * operators)
         except (_TooLongError, Unsupported):
             continue
-        return _peaks(long, method, counts)
+        return peaks
     return None
+
+
+def _widened(case: Case, factor: int) -> Case:
+    a = case.architecture
+    return case.model_copy(update={"architecture": a.model_copy(update={"head_dim": factor * a.head_dim})})
 
 
 def _count(case: Case, method: Method, rank: int, operators: int) -> BlockCount:
@@ -70,10 +79,13 @@ def _check(name: str, counted: int, stated: int) -> Check:
     )
 
 
-def _peaks(case: Case, method: Method, counts: Sequence[BlockCount]) -> Peaks:
+def _peaks(case: Case, method: Method, operators: int) -> Peaks:
+    # Rank 0 and the last: under a causal mask they differ most.
+    counts = [_count(case, method, rank, operators) for rank in sorted({0, case.world_size - 1})]
     costs = method.costs(case)
     return Peaks(
         tokens_per_rank=case.tokens_per_rank,
+        head_dim=case.architecture.head_dim,
         unit_bytes=HeadBytes.of(case, tokens=case.tokens_per_rank).q,
         forward_bytes=max(count.forward_peak_bytes for count in counts),
         backward_bytes=max(count.backward_peak_bytes for count in counts),
