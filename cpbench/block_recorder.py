@@ -35,6 +35,7 @@ from cpbench.block_schedule import BlockSchedule, BlockSchedules, PhaseName, Sen
 from cpbench.case import Case
 from cpbench.memory.cpu_trace import CpuTrace
 from cpbench.method import AttentionWeights, Method
+from cpbench.model.tiling import TILES
 from cpbench.parity.ranks import Ranks
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
 from cpbench.runtime.context import AttentionContext
@@ -90,6 +91,7 @@ class _Run:
             rope=Rope(layout.segments, case.architecture.rope_theta),
             recorder=self.recorder,
             host=pool,
+            parts_tile=_smaller(TILES.parts, case),
         )
 
     def record(self, given: dict[str, Any]) -> BlockSchedule:
@@ -266,14 +268,17 @@ class _Waited:
 @contextmanager
 def _small_tiles(case: Case) -> Iterator[None]:
     """Tiles as small against the tensors of this case as they are against long ones."""
-    elements = case.tokens_per_rank * case.architecture.attention_dim * case.batch_size
     with ExitStack() as stack:
         for module in list(sys.modules.values()):
             size = getattr(module, "_TILE_ELEMENTS", None)
             if isinstance(size, int):
-                smaller = max(1, size * elements // _LONG_ELEMENTS)
-                stack.enter_context(patch.object(module, "_TILE_ELEMENTS", smaller))
+                stack.enter_context(patch.object(module, "_TILE_ELEMENTS", _smaller(size, case)))
         yield
+
+
+def _smaller(size: int, case: Case) -> int:
+    elements = case.tokens_per_rank * case.architecture.attention_dim * case.batch_size
+    return max(1, size * elements // _LONG_ELEMENTS)
 
 
 @contextmanager
