@@ -47,7 +47,7 @@ from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
 from cpbench.runtime.streams import StreamName, Streams
 from cpbench.train import DTYPES
-from cpbench.worker import run_rank
+from cpbench.worker import leave, run_rank
 
 _LONG_ELEMENTS = 2**26
 """Elements of a tensor of all query heads of a rank that has 16 Ki tokens, 4096 wide."""
@@ -319,4 +319,4 @@ def main(job_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

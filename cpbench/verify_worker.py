@@ -25,7 +25,7 @@ from cpbench.progress_file import write_progress
 from cpbench.record import write_text_atomically
 from cpbench.shape import Shape
 from cpbench.verification import Peaks, Verification, VerifyAnswer, VerifyEnd, VerifyItem, VerifyJob, title
-from cpbench.worker import run_rank
+from cpbench.worker import leave, run_rank
 
 if TYPE_CHECKING:
     from cpbench.parity.rank import ParityRank
@@ -203,4 +203,4 @@ def main(job_file: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

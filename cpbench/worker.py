@@ -9,6 +9,7 @@ The job is `{"case", "plugins", "scratch", "log_dir"}`.  Output goes to `<log_di
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
@@ -52,6 +53,7 @@ def run_rank(scratch: Path, log_dir: Path, run: Callable[[], BaseModel]) -> int:
     """
     rank = int(os.environ.get("RANK", "0"))
     _redirect_output(log_dir / f"rank{rank}.log")
+    faulthandler.enable()  # a crash in native code leaves the lines that led to it in the log
     try:
         report = run()
         if rank == 0:
@@ -64,6 +66,18 @@ def run_rank(scratch: Path, log_dir: Path, run: Callable[[], BaseModel]) -> int:
         sys.stderr.flush()
         os._exit(1)
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now, with its results written and its process groups left.
+
+    Without the interpreter's finalisation: gloo and the profiler have threads of their own, and one that asks for the
+    interpreter's lock meanwhile is ended in the middle of C++ code, which aborts the process ("terminate called
+    without an active exception") and would turn a finished case into a failed one.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def classify(error: BaseException) -> tuple[Status, str]:
@@ -108,4 +122,4 @@ def _redirect_output(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    leave(main(sys.argv[1]))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -280,3 +283,16 @@ def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pyt
     assert child_environment("cpu", 4, single_node=True)["PYTHONSAFEPATH"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_finished_rank_leaves_without_finalisation(tmp_path: Path) -> None:
+    """Threads of native libraries may abort a process that finalises: a finished rank does not."""
+    script = "import atexit, os\nfrom cpbench.worker import leave\natexit.register(os.abort)\nprint('told')\n"
+    left, finalised = (
+        subprocess.run(
+            [sys.executable, "-c", script + end], capture_output=True, text=True, timeout=60, check=False
+        )
+        for end in ("leave(3)", "raise SystemExit(3)")
+    )
+    assert (left.returncode, left.stdout) == (3, "told\n")
+    assert finalised.returncode == -signal.SIGABRT

@@ -20,6 +20,7 @@ from cpbench import registry, train
 from cpbench.case import Case
 from cpbench.model.tiling import TILES
 from cpbench.train import World
+from cpbench.worker import leave
 from cpbench.world.measure import parallel_groups
 from cpbench.world.run import CaseRun
 
@@ -46,3 +47,4 @@ def main(cases_file: str, folder: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave(0)
