@@ -129,7 +129,9 @@ class Fpdt:
         dk, dv 4 c', the sums of dk, dv on their way to the device 2 f c'.  The next k, v add 2 c' from row three on.
         On cuda the sums of the pair before are leaving, 2 f c' more, but in the last row, where they are complete:
         **(4+f) c + (4 + 2 f + p) c' + l + S** with p = 0 for N = 2, the larger of 2 and 2 f for N = 3, 2 + 2 f above
-        (on cpu 0, 2, 2).  For N = 1: **4 c + 4 c' + l + S**.
+        (on cpu 0, 2, 2).  For N = 1: **4 c + 4 c' + l + S**.  On cpu, from N = 4 on, a row's own sums leave after the
+        reads of its first pair, before there are parts: **(3+f) c + (4 + 4 f) c' + l** may be more, without GQA and
+        in bfloat16.
         """
         ranks, a = case.world_size, case.architecture
         copies = replicas(a.num_kv_heads, ranks)
@@ -166,7 +168,10 @@ class Fpdt:
             return 4 * q + 4 * k + lse + scratch
         leaving = 2 * wide if case.device == "cuda" else 0
         extra = {2: 0, 3: max(2, leaving)}.get(count, 2 + leaving)
-        return (4 + wide) * q + (4 + 2 * wide + extra) * k + lse + scratch
+        peak = (4 + wide) * q + (4 + 2 * wide + extra) * k + lse + scratch
+        if count > 3 and not leaving:
+            peak = max(peak, (3 + wide) * q + (4 + 4 * wide) * k + lse)
+        return peak
 
     def _chunk(self, case: Case) -> int:
         """Tokens of a chunk over all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -129,10 +130,20 @@ def test_what_does_not_divide_is_unsupported_with_the_nearest_that_does(
 
 def test_the_values_in_a_refusal_are_allowed() -> None:
     """What the message for a length that the chunk does not divide offers passes the check."""
-    Fpdt(chunk_tokens=48).check(case(seq_len=240))
-    Fpdt(chunk_tokens=48).check(case(seq_len=288))
-    Fpdt(chunk_tokens=32).check(case(seq_len=256))
-    Fpdt(chunk_tokens=64).check(case(seq_len=256))
+    method, of = Fpdt(chunk_tokens=48), case(seq_len=256)
+    with pytest.raises(Unsupported) as refusal:
+        method.check(of)
+    lengths, chunks = (
+        [int(number) for number in re.findall(r"\d+", words)]
+        for words in re.findall(r"(?:seq_len|chunk_tokens)=(\d+ or \d+)", str(refusal.value))
+    )
+
+    for length in lengths:
+        method.check(case(seq_len=length))
+    for chunk in chunks:
+        Fpdt(chunk_tokens=chunk).check(of)
+
+    assert (lengths, chunks) == ([240, 288], [32, 64])
 
 
 def test_a_negative_chunk_is_refused() -> None:
@@ -149,6 +160,7 @@ def test_a_negative_chunk_is_refused() -> None:
         {"world_size": 1, "num_kv_heads": 8},
         {"device": "cpu", "dtype": "float32", "num_kv_heads": 16},
         {"device": "cpu", "batch_size": 2},
+        {"device": "cpu", "num_kv_heads": 16},
     ],
     ids=str,
 )
