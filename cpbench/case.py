@@ -137,6 +137,11 @@ class Case(BaseModel):
         return f"{self.method}  {self.model}  {format_length(self.seq_len)}  x{self.world_size}"
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of one element in the compute dtype."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def tokens_per_rank(self) -> int:
         """Tokens of one sequence that a rank holds, n = S / W (whole once the method's check has passed)."""
         return self.seq_len // self.world_size

@@ -10,7 +10,6 @@ from __future__ import annotations
 from cpbench.case import Case, Stack
 from cpbench.errors import Unsupported
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 _TRANSIENT_LAYERS = 3
 """Attention outputs' worth of host memory left free, for what methods park there within one layer."""
 
@@ -46,7 +45,7 @@ def saved_attention_bytes(case: Case) -> int:
     """Return the host bytes of one block's attention output and log-sum-exp on one rank."""
     a = case.architecture
     rows = case.batch_size * case.tokens_per_rank
-    return rows * (a.attention_dim * _ELEMENT_BYTES[case.dtype] + a.num_heads * 4)
+    return rows * (a.attention_dim * case.element_bytes + a.num_heads * 4)
 
 
 def blocks_that_fit(case: Case, budget: int) -> int:
@@ -56,7 +55,7 @@ def blocks_that_fit(case: Case, budget: int) -> int:
     rank_budget = budget // ranks
     if stack.offload == "inputs":
         rows = case.batch_size * case.tokens_per_rank
-        rank_budget -= a.num_layers * rows * a.hidden_dim * _ELEMENT_BYTES[case.dtype]
+        rank_budget -= a.num_layers * rows * a.hidden_dim * case.element_bytes
     if stack.optimizer_offload:
         rank_budget -= 8 * a.num_params // case.world_size
     return max(0, rank_budget // saved_attention_bytes(case) - _TRANSIENT_LAYERS)

@@ -9,8 +9,6 @@ from cpbench.method import Costs
 from cpbench.runtime.kv_replication import replicas
 from cpbench.runtime.ring_costs import RingShape
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class HeadBytes:
@@ -26,7 +24,7 @@ class HeadBytes:
     @classmethod
     def of(cls, case: Case, *, tokens: int) -> HeadBytes:
         """Return the sizes for a number of tokens (local or global) of every sequence in the batch."""
-        a, element = case.architecture, _ELEMENT_BYTES[case.dtype]
+        a, element = case.architecture, case.element_bytes
         rows = case.batch_size * tokens
         return cls(
             q=rows * a.attention_dim * element,

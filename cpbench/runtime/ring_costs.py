@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from cpbench.case import Case
 from cpbench.runtime.kernels import scratch_of, select_kernels
 
-_ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class RingShape:
@@ -60,7 +58,7 @@ class RingShape:
             kv_heads=kv_heads,
             head_dim=case.architecture.head_dim,
             ring_degree=ring_degree,
-            element=_ELEMENT_BYTES[case.dtype],
+            element=case.element_bytes,
             backend=select_kernels(case).name,
             zigzag=zigzag,
             kept=kept,

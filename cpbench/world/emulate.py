@@ -24,11 +24,10 @@ from torch.distributed.distributed_c10d import Work
 
 from cpbench.case import Case
 from cpbench.errors import Unsupported
-from cpbench.machine import usable_cpus
 from cpbench.method import Layout, Method
 from cpbench.runtime.collectives import CollectiveLog, sent_bytes
 from cpbench.train import World
-from cpbench.world.estimate import estimate_case
+from cpbench.world.estimate import estimate_case, threads_of_a_rank
 from cpbench.world.measure import parallel_groups
 
 BACKEND = "emulated"
@@ -283,7 +282,7 @@ def emulated_world(case: Case, layout: Layout, rank: int) -> Iterator[World]:
         world_size=case.world_size,
     )
     try:
-        with _threads_of_a_rank(case):
+        with threads_of_a_rank(case):
             mesh = init_device_mesh(case.device, (case.world_size,))
             ulysses, ring = parallel_groups(rank, layout)
             yield World(rank=rank, mesh=mesh, ulysses=ulysses, ring=ring, device=device)
@@ -336,15 +335,3 @@ def estimated(case: Case, method: Method, rank: int) -> Estimated:
         f"communication_seconds is what the time model for {case.hardware} leaves uncovered by compute "
         f"(uncertainty {estimate.modelled.uncertainty:.0%}); compute_seconds is measured",
     )
-
-
-@contextmanager
-def _threads_of_a_rank(case: Case) -> Iterator[None]:
-    """The threads a CPU process of a measured case would have: its kernels' scratch depends on them."""
-    before = torch.get_num_threads()
-    if case.device == "cpu":
-        torch.set_num_threads(max(1, usable_cpus() // case.world_size))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

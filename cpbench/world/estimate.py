@@ -130,7 +130,7 @@ def _run(case: Case, method: Method, rank: int) -> Traced:
     log = OpLog(recorder, ranks_on_node=_ranks_on_node(case))
     layout = method.layout(case, rank)
     with (
-        _threads(case),
+        threads_of_a_rank(case),
         _uncollected(),
         fake_world(case, layout, rank) as world,
         FakeTensorMode(),
@@ -209,8 +209,8 @@ def _saved(case: Case) -> int:
 
 
 @contextmanager
-def _threads(case: Case) -> Iterator[None]:
-    """The threads a rank would have: a CPU kernel's scratch depends on them."""
+def threads_of_a_rank(case: Case) -> Iterator[None]:
+    """The threads that a CPU process of a measured case would have: its kernels' scratch depends on them."""
     before = torch.get_num_threads()
     if case.device == "cpu":
         torch.set_num_threads(max(1, usable_cpus() // case.world_size))

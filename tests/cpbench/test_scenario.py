@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -154,6 +153,13 @@ def test_unreadable_files_are_one_sentence(tmp_path: Path) -> None:
             load_scenario(str(path), folders=[])
 
 
+def scenario_or_sentence(raw: dict[str, Any]) -> Scenario | str:
+    try:
+        return build_scenario(raw)
+    except CpbenchError as error:
+        return str(error)
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -168,8 +174,12 @@ def test_unreadable_files_are_one_sentence(tmp_path: Path) -> None:
 )
 def test_any_document_is_a_scenario_or_a_sentence(raw: dict[str, Any]) -> None:
     """Untrusted input never ends in anything but a scenario or an error of ours."""
-    with contextlib.suppress(CpbenchError):
-        build_scenario({**raw, "name": "fuzz"})
+    found = scenario_or_sentence({**raw, "name": "fuzz"})
+
+    if isinstance(found, Scenario):
+        assert build_scenario(found.model_dump(exclude_none=True)) == found
+    else:
+        assert found
 
 
 @given(

@@ -106,12 +106,14 @@ def test_custom_ops_match_their_fake_implementations() -> None:
     q, k, v, dout = tensors(2, 12, 12, 4, 2, 16, torch.float32)
     checks = ("test_schema", "test_faketensor")
 
-    torch.library.opcheck(
+    forward = torch.library.opcheck(
         torch.ops.cpbench.attention_forward, (q, k, v, True, 0.25, "cpu-flash"), test_utils=checks
     )
     out, lse = CPU.forward(q, k, v, causal=True, scale=0.25)
-    torch.library.opcheck(
+    backward = torch.library.opcheck(
         torch.ops.cpbench.attention_backward,
         (dout, q, k, v, out, lse, True, 0.25, "cpu-flash"),
         test_utils=checks,
     )
+
+    assert forward == backward == dict.fromkeys(checks, "SUCCESS")
