@@ -23,7 +23,7 @@ import psutil
 import cpbench
 from cpbench.case import Case
 from cpbench.disk import refusing_bad_disk
-from cpbench.machine import usable_cpus
+from cpbench.machine import threads_of_rank
 from cpbench.record import write_text_atomically
 from cpbench.supervise import GRACE_SECONDS
 
@@ -125,8 +125,7 @@ def launch(job: Job, *, should_stop: Callable[[], bool], on_wait: Callable[[], N
             stdin=subprocess.PIPE,  # the supervisor's lifeline: it ends everything when this pipe closes
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=child_environment(job.case.device, job.local_world_size, single_node=job.nodes.count == 1)
-            | ({} if job.by_torchrun else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}),
+            env=_environment(job),
             start_new_session=True,
         )
         timed_out = interrupted = False
@@ -177,17 +176,18 @@ def read_progress(job: Job) -> Progress | None:
         return None
 
 
-def child_environment(device: str, local_world_size: int, *, single_node: bool) -> dict[str, str]:
+def child_environment(device: str, local_world_size: int | None, *, single_node: bool) -> dict[str, str]:
     """Return the environment of measured processes: the user's, made independent of the caller's folder.
 
     Args:
         device: of the case.
-        local_world_size: processes that share this machine's cores.
+        local_world_size: processes that share this machine's cores; None for one that stands for ranks elsewhere and
+            sets its threads by itself.
         single_node: gloo then stays on the loopback interface.
     """
     environment = dict(os.environ)
-    threads = max(1, usable_cpus() // local_world_size)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    if local_world_size is not None:
+        environment["OMP_NUM_THREADS"] = str(threads_of_rank(local_world_size))
     environment["PYTHONSAFEPATH"] = "1"  # a folder `methods` in the user's directory must not shadow ours
     root = Path(cpbench.__file__).resolve().parent.parent
     if (root / "pyproject.toml").is_file():  # a checkout that may not be installed
@@ -196,6 +196,15 @@ def child_environment(device: str, local_world_size: int, *, single_node: bool) 
     if single_node and device == "cpu" and Path("/sys/class/net/lo").exists():
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """The environment of a job's processes; torchrun tells ranks the rest."""
+    single = job.nodes.count == 1
+    if job.by_torchrun:
+        return child_environment(job.case.device, job.local_world_size, single_node=single)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return child_environment(job.case.device, None, single_node=single) | alone
 
 
 def _prepare(job: Job) -> Path:

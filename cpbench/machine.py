@@ -67,6 +67,12 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def threads_of_rank(ranks: int) -> int:
+    """Return the threads of each of `ranks` CPU processes: the user's OMP_NUM_THREADS, or a share of the cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(chosen) if chosen.isdecimal() and int(chosen) else max(1, usable_cpus() // ranks)
+
+
 def visible_gpus() -> tuple[tuple[Gpu, ...], str | None]:
     """Return the GPUs this process may use and the driver version, by NVML, without starting CUDA.
 

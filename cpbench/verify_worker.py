@@ -57,6 +57,7 @@ def verify(job: VerifyJob) -> VerifyEnd:
     # A rank that waits for one that will not come is ended by this limit.
     limit = timedelta(seconds=job.collective_seconds)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    torch.set_num_threads(1)  # blocks are tiny: more threads would only wait for one another
     everyone, alone = Ranks.make(device, limit)
     plugins = [Path(plugin) for plugin in job.plugins]
     prepared: dict[int, tuple[Shape, ParityRank]] = {}

@@ -179,7 +179,7 @@ class Fpdt:
 
 
 METHOD = Fpdt
-VERIFY_OPTIONS = ({"chunk_tokens": 4}, {"chunk_tokens": 13}, {"chunk_tokens": 52})
+VERIFY_OPTIONS = ({"chunk_tokens": 8}, {"chunk_tokens": 13}, {"chunk_tokens": 52})
 
 
 def _multiples(number: int, of: int) -> list[int]:

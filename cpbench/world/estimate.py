@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from cpbench.case import Case
 from cpbench.errors import Unsupported
 from cpbench.hardware import load_hardware
-from cpbench.machine import usable_cpus
+from cpbench.machine import threads_of_rank
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.fake_trace import FakeTrace
 from cpbench.memory.timeline import Timeline
@@ -213,7 +213,7 @@ def threads_of_a_rank(case: Case) -> Iterator[None]:
     """The threads that a CPU process of a measured case would have: its kernels' scratch depends on them."""
     before = torch.get_num_threads()
     if case.device == "cpu":
-        torch.set_num_threads(max(1, usable_cpus() // case.world_size))
+        torch.set_num_threads(threads_of_rank(case.world_size))
     try:
         yield
     finally:

@@ -78,7 +78,10 @@ def _cases(world_size: int) -> Iterator[Case]:
                 yield case
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+GROUPS = [pytest.param(n, marks=pytest.mark.xdist_group(f"exactness on {n} ranks")) for n in (2, 4)]
+
+
+@pytest.fixture(scope="module", params=GROUPS)
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[Case, list[RankReport]]]:

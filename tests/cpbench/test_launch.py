@@ -281,6 +281,7 @@ def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pyt
     assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "2"
     assert child_environment("cpu", 16, single_node=True)["OMP_NUM_THREADS"] == "1"
     assert child_environment("cpu", 4, single_node=True)["PYTHONSAFEPATH"] == "1"
+    assert "OMP_NUM_THREADS" not in child_environment("cpu", None, single_node=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "5"
 
