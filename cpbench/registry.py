@@ -119,7 +119,25 @@ def load(name: str, options: Mapping[str, OptionValue], plugins: Sequence[Path] 
 
 
 def verify_options(path: Path) -> tuple[dict[str, OptionValue], ...]:
-    """Return the option sets to verify: the defaults, then those that a method's file declares.
+    """Return the option sets to verify: the defaults, then those that a method's file declares as VERIFY_OPTIONS.
+
+    Raises:
+        UsageError: see `declared_options`.
+    """
+    return declared_options(path, "VERIFY_OPTIONS")
+
+
+def plan_options(path: Path) -> tuple[dict[str, OptionValue], ...]:
+    """Return the option sets worth trying for a longer or faster context: the defaults, then PLAN_OPTIONS.
+
+    Raises:
+        UsageError: see `declared_options`.
+    """
+    return declared_options(path, "PLAN_OPTIONS")
+
+
+def declared_options(path: Path, name: str) -> tuple[dict[str, OptionValue], ...]:
+    """Return the defaults, then the option sets that a method's file declares under a name.
 
     A file declares them with a literal at its top level, read without running it:
 
@@ -128,7 +146,7 @@ def verify_options(path: Path) -> tuple[dict[str, OptionValue], ...]:
     A set that a shape or a number of ranks does not allow is unsupported there and does no harm.
 
     Raises:
-        UsageError: VERIFY_OPTIONS is no literal tuple or list of mappings from option names to values.
+        UsageError: the value is no literal tuple or list of mappings from option names to values.
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -138,14 +156,14 @@ def verify_options(path: Path) -> tuple[dict[str, OptionValue], ...]:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if isinstance(node, ast.AnnAssign):
             targets = [node.target]
-        if not any(isinstance(target, ast.Name) and target.id == "VERIFY_OPTIONS" for target in targets):
+        if not any(isinstance(target, ast.Name) and target.id == name for target in targets):
             continue
         try:
             declared = ast.literal_eval(node.value)  # type: ignore[attr-defined]  # both kinds of assignment have one
             return ({}, *(dict(options) for options in declared))
         except (TypeError, ValueError) as error:
             raise UsageError(
-                f"{path.name}: VERIFY_OPTIONS must be a literal tuple of option sets, like ({{'stage_heads': 8}},)"
+                f"{path.name}: {name} must be a literal tuple of option sets, like ({{'stage_heads': 8}},)"
             ) from error
     return ({},)
 

@@ -114,3 +114,4 @@ class TorchRing:
 
 METHOD = TorchRing
 VERIFY_OPTIONS = ({"rotate": "alltoall"},)
+PLAN_OPTIONS = ({"rotate": "alltoall"},)

@@ -238,6 +238,7 @@ VERIFY_OPTIONS = (
     {"published": True},
     {"published": True, "ring_degree": 2},
 )
+PLAN_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4}, {"overlap": True})
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,3 +87,4 @@ class Usp:
 
 METHOD = Usp
 VERIFY_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4})
+PLAN_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4})

@@ -20,15 +20,15 @@ from typing import NamedTuple
 # A new file belongs in exactly one of these; a name that ends in `.*` stands for a package and all that is in it.
 NOUNS = """
     cpbench errors units case scenario record machine hardware host_budget method registry model_config verification
-    progress_file selection shape block_schedule explanation
+    progress_file selection shape block_schedule explanation context_plan
 """
 ORCHESTRATOR = """
-    __main__ cli.* report.* disk doctor expand explain folders gpu_checks interrupt launch mode outcome progress
-    provenance run_folder slurm summary supervise sweep verify
+    __main__ cli.* report.* bracket disk doctor estimator expand explain folders gpu_checks interrupt launch mode
+    outcome plan planned_run progress provenance run_folder slurm summary supervise sweep verify
 """
 MEASURED = """
-    worker verify_worker explain_worker resolve probe parity.* block_count block_log block_names block_recorder train
-    optimizer world.* model.* memory.* timing.* runtime.*
+    worker verify_worker explain_worker estimate_worker resolve probe parity.* block_count block_log block_names
+    block_recorder train optimizer world.* model.* memory.* timing.* runtime.*
 """
 
 TORCH = frozenset({"torch"})

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import cpbench
-from cpbench.cli import doctor, explain, listing, report, sweep, verify
+from cpbench.cli import doctor, explain, listing, plan, report, sweep, verify
 from cpbench.errors import CpbenchError
 
 _INTERRUPTED = 130
@@ -44,6 +44,7 @@ app = typer.Typer(
 )
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command("report")(report.report)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("explain", epilog=explain.EXAMPLES)(explain.explain_)
 app.command("list")(listing.list_)

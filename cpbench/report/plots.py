@@ -34,26 +34,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-_INK, _SOFT, _GRID = "#1c2430", "#5b6675", "#e3e7ec"
-_STYLE: dict[Any, Any] = {
+INK, SOFT, _GRID = "#1c2430", "#5b6675", "#e3e7ec"
+STYLE: dict[Any, Any] = {
     "font.size": 10.5,
     "font.family": "DejaVu Sans",
     "text.parse_math": False,  # text of a record is never a formula
-    "text.color": _INK,
+    "text.color": INK,
     "axes.edgecolor": "#b6bec9",
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": _GRID,
-    "xtick.color": _SOFT,
-    "ytick.color": _SOFT,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "legend.frameon": False,
     "figure.facecolor": "white",
 }
-_MARKER = {
+MARKER = {
     "circle": "o",
     "square": "s",
     "triangle-up": "^",
@@ -65,7 +65,7 @@ _MARKER = {
     "star": "*",
     "star-square": "X",
 }
-_DASH: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.2, 1.6))}
+DASH: dict[str, Any] = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1.2, 1.6))}
 _PANEL_WIDTH, _LINE_HEIGHT, _STRIP_HEIGHT, _BAR_HEIGHT = 7.2, 3.7, 0.25, 0.42  # inches
 _STRIP_GAP, _GAP, _TITLE_LINE = 0.1, 0.72, 0.24
 _DPI = 144
@@ -77,7 +77,7 @@ def write_pictures(overview: Overview, folder: Path) -> tuple[Path, ...]:
     import matplotlib as mpl
 
     paths = []
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
         # A foreign name may have characters that the font lacks; a box in the picture is the right answer.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         for line in LINES:
@@ -121,7 +121,7 @@ def _draw_lines(axes: Axes, line: Line, panel: Panel) -> None:
         drawn += [y for _, y in points]
         axes.add_line(_line_of(series, [x for x, _ in points], [y for _, y in points]))
     if not drawn:
-        axes.text(0.5, 0.5, "no case has a number here", transform=axes.transAxes, ha="center", color=_SOFT)
+        axes.text(0.5, 0.5, "no case has a number here", transform=axes.transAxes, ha="center", color=SOFT)
         axes.set_yticks([])
     _length_axis(axes, panel)
     _value_axis(axes, title, drawn, log=line.spans_decades(panel))
@@ -134,8 +134,8 @@ def _line_of(series: Series, x: Sequence[float], y: Sequence[float]) -> Line2D:
         x,
         y,
         color=series.color,
-        marker=_MARKER[series.marker],
-        linestyle=_DASH[MODE_DASH[series.identity.mode]],
+        marker=MARKER[series.marker],
+        linestyle=DASH[MODE_DASH[series.identity.mode]],
         markersize=7,
         markeredgecolor="white",
         markeredgewidth=0.7,
@@ -209,7 +209,7 @@ def _draw_strip(axes: Axes, panel: Panel) -> None:
                 ha="right",
                 va="center",
                 fontsize=8.5,
-                color=_SOFT,
+                color=SOFT,
             )
 
 
@@ -220,7 +220,7 @@ def _series_legend(axes: Axes, panel: Panel) -> None:
     labels = [_wrapped(series.label, 34) for series in panel.series]
     if any(series.missing for series in panel.series):
         handles.append(
-            Line2D([], [], color=_SOFT, marker="x", linestyle="", markersize=7, markeredgewidth=2.2)
+            Line2D([], [], color=SOFT, marker="x", linestyle="", markersize=7, markeredgewidth=2.2)
         )
         labels.append("no number: see the strip on top")
     axes.legend(
@@ -241,7 +241,7 @@ def _split_figure(split: Split, overview: Overview) -> Figure:
         axes = figure.add_axes(place.within(0, place.height))
         if bars is None:
             axes.text(
-                0.5, 0.5, "no case has a number here", transform=axes.transAxes, ha="center", color=_SOFT
+                0.5, 0.5, "no case has a number here", transform=axes.transAxes, ha="center", color=SOFT
             )
             axes.set(xticks=[], yticks=[])
         else:
@@ -275,9 +275,9 @@ def _draw_bars(axes: Axes, split: Split, bars: Bars) -> None:
             textcoords="offset points",
             va="center",
             fontsize=9.5,
-            color=_INK,
+            color=INK,
         )
-    axes.set_yticks(positions, [_wrapped(series.label, 34) for series in bars.bars], color=_INK)
+    axes.set_yticks(positions, [_wrapped(series.label, 34) for series in bars.bars], color=INK)
     axes.set_ylim(len(positions) - 0.5, -0.5)
     axes.set_xlim(0, max(left) * 1.14 or 1)
     axes.set_xlabel(title)
@@ -320,9 +320,7 @@ def _canvas(
     total = heading + sum(heights) + sum(heads) + _GAP * (len(heights) - 1)
     figure = Figure(figsize=(_PANEL_WIDTH, total))
     figure.text(0, 1, title, fontsize=15, fontweight="bold", va="top", gid=_HEADING)
-    figure.text(
-        0, 1 - 0.33 / total, text, fontsize=9.5, color=_SOFT, va="top", linespacing=1.35, gid=_HEADING
-    )
+    figure.text(0, 1 - 0.33 / total, text, fontsize=9.5, color=SOFT, va="top", linespacing=1.35, gid=_HEADING)
     places, top = [], total - heading
     for height, head, words in zip(heights, heads, wrapped, strict=True):
         places.append(_Place(top - head - height, height, total, words))
@@ -332,7 +330,7 @@ def _canvas(
 
 def _panel_title(axes: Axes, place: _Place) -> None:
     if place.title:
-        axes.set_title(place.title, loc="left", fontsize=11, fontweight="bold", color=_INK)
+        axes.set_title(place.title, loc="left", fontsize=11, fontweight="bold", color=INK)
 
 
 def _align_heading(figure: Figure) -> None:

@@ -1,0 +1,361 @@
+"""`cpbench plan`: which method, and how long a context fits."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from cpbench import registry
+from cpbench.case import Dtype
+from cpbench.cli import flags
+from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question, Recommendation
+from cpbench.disk import refusing_bad_disk
+from cpbench.estimator import Estimator
+from cpbench.hardware import Hardware, load_hardware
+from cpbench.model_config import load_model
+from cpbench.plan import nodes_of, plan_context
+from cpbench.planned_run import scenario_text, sweep_command, torchrun_line
+from cpbench.report.plan_picture import write_plan_picture
+from cpbench.units import format_bytes, format_length, format_rate, format_seconds, parse_bytes, parse_length
+
+EXAMPLES = """
+[bold]Examples[/bold]
+
+cpbench plan
+
+cpbench plan --model llama3-70b --world 32 --hardware h200 --seqlen 1M
+
+cpbench plan --method ulysses,upipe --world 8,16,32,64 --host-ram 1T
+"""
+_WHAT, _WHERE = "What to plan for", "Where it goes"
+
+
+def plan(
+    method: Annotated[
+        list[str] | None, typer.Option(metavar="M,...", help="Methods. Default: all.", rich_help_panel=_WHAT)
+    ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="M", help="Preset, or a config.json file.", rich_help_panel=_WHAT)
+    ] = "llama3-8b",
+    world: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N,...", help="Numbers of ranks (GPUs) to compare. Default: 8.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="H", help="Machine profile, see `cpbench list hardware`.", rich_help_panel=_WHAT
+        ),
+    ] = "h100-80g",
+    host_ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory of a node, like 2T or 512G. Default: the profile's.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    seqlen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S",
+            help="Also: the fastest way to train this length, and the command for it.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Sequences per step.", rich_help_panel=_WHAT)
+    ] = 1,
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|bfloat16", help="Compute dtype.", rich_help_panel=_WHAT)
+    ] = "bfloat16",
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="File of a method outside the tree; repeatable.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of plan.png, plan.json and, where flags do not suffice, the scenario to run.",
+            rich_help_panel=_WHERE,
+        ),
+    ] = Path("plan"),
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print JSON on standard output; write no files.", rich_help_panel=_WHERE),
+    ] = False,
+) -> None:
+    """Find the longest context of every method on a machine, and what to run for a length; all by estimate."""
+    plugins = tuple(path.absolute() for path in plugin or ())
+    name, architecture = load_model(model)
+    profile = load_hardware(hardware)
+    question = Question(
+        methods=_methods(flags.split(method), plugins),
+        model=name,
+        architecture=architecture,
+        worlds=tuple(dict.fromkeys(flags.counts("--world", world))) or (8,),
+        hardware=hardware,
+        host_memory_bytes=profile.host_memory_bytes if host_ram is None else parse_bytes(host_ram),
+        seq_len=None if seqlen is None else parse_length(seqlen),
+        batch_size=batch,
+        dtype="float32" if flags.choice("--dtype", dtype, get_args(Dtype)) == "float32" else "bfloat16",
+    )
+    for ranks in question.worlds:
+        nodes_of(ranks, profile)
+    if not as_json:
+        with refusing_bad_disk(out):
+            out.mkdir(parents=True, exist_ok=True)
+    found = _found(question, profile, plugins)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    console = Console()
+    _print(console, found)
+    files = _Files(out, model, plugins)
+    with refusing_bad_disk(out):
+        _print_recommendation(console, found, files)
+        picture = write_plan_picture(found, out / "plan.png")
+        (out / "plan.json").write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    console.print(Text(f"picture: {picture}"), soft_wrap=True)
+    console.print(Text(f"all numbers: {out / 'plan.json'}"), soft_wrap=True)
+
+
+def _methods(asked: Sequence[str], plugins: Sequence[Path]) -> tuple[str, ...]:
+    known = registry.method_files(plugins)
+    for name in asked:
+        registry.require(name, plugins)
+    return tuple(dict.fromkeys(asked)) or tuple(known)
+
+
+def _found(question: Question, profile: Hardware, plugins: Sequence[Path]) -> ContextPlan:
+    """The answer; what is done shows on standard error."""
+    errors = Console(stderr=True)
+    with Estimator(plugins) as estimator:
+
+        def search(said: Callable[[str], None]) -> ContextPlan:
+            return plan_context(question, profile, estimator, plugins=plugins, said=said)
+
+        if not errors.is_terminal:
+            return search(lambda words: errors.print(Text(words), soft_wrap=True))
+        total = len(question.methods) * len(question.worlds)
+        with errors.status(f"estimating {total} searches, about 10 s each") as status:
+
+            def said(words: str) -> None:
+                errors.print(Text(words))
+                status.update(Text("estimating"))
+
+            return search(said)
+
+
+def _print(console: Console, found: ContextPlan) -> None:
+    q = found.question
+    uncertainty = _uncertainty(found)
+    console.print(
+        Text(
+            f"\nLongest context of {q.model} on {q.hardware}, {format_bytes(q.host_memory_bytes)} host memory a node, "
+            f"{q.dtype}, batch {q.batch_size}: estimated",
+            style="bold",
+        )
+    )
+    for ranks in q.worlds:
+        plans = [plan for plan in found.methods if plan.world_size == ranks]
+        nodes = plans[0].nodes
+        console.print(
+            Text(
+                f"\n{ranks} ranks on {nodes} node{'s' * (nodes > 1)}, "
+                f"to {format_length(found.step_tokens[ranks])} tokens"
+            )
+        )
+        console.print(_longest_table(plans))
+        if q.seq_len is not None:
+            console.print(Text(f"\nat {format_length(q.seq_len)}, with the fastest options that fit"))
+            console.print(_asked_table(plans))
+    console.print(
+        Text(
+            "device: what a rank needs, with a margin of 3 %, context and communicators"
+            + (
+                f"; step and tokens/s (a rank) are modelled, to {uncertainty:.0%}"
+                if uncertainty
+                else "; the profile has no rates, so no times are modelled"
+            ),
+            style="dim",
+        )
+    )
+
+
+def _longest_table(plans: Sequence[MethodPlan]) -> Table:
+    table = Table(
+        "method",
+        _right("longest"),
+        _right("device"),
+        _right("host/node"),
+        _right("step"),
+        _right("tokens/s"),
+        "then",
+        box=None,
+        padding=(0, 1),
+    )
+    order = sorted(plans, key=lambda plan: -(plan.longest.seq_len if plan.longest else 0))
+    for plan in order:
+        name = Text(plan.method)
+        if plan.configuration.words:
+            name.append(f"\n {plan.configuration.words}", style="dim")
+        if plan.longest is None:
+            why = f"{plan.ended_by}: {plan.reason}" if plan.reason else plan.ended_by
+            table.add_row(name, "-", "-", "-", "-", "-", Text(why))
+        else:
+            table.add_row(
+                name, format_length(plan.longest.seq_len), *_numbers(plan.longest), Text(_then(plan))
+            )
+    return table
+
+
+def _asked_table(plans: Sequence[MethodPlan]) -> Table:
+    table = Table(
+        "method",
+        _right("device"),
+        _right("host/node"),
+        _right("step"),
+        _right("tokens/s"),
+        _right("MFU"),
+        "",
+        box=None,
+        padding=(0, 1),
+    )
+    order = sorted(plans, key=lambda plan: _order(plan.asked))
+    for plan in order:
+        name = Text(plan.method)
+        if plan.asked_configuration is not None and _words(plan.asked_configuration):
+            name.append(f"\n {_words(plan.asked_configuration)}", style="dim")
+        point = plan.asked
+        if point is None:
+            table.add_row(
+                name, "-", "-", "-", "-", "-", Text(plan.asked_reason or plan.reason or plan.ended_by)
+            )
+        else:
+            mfu = "-" if point.mfu is None else f"{point.mfu:.1%}"
+            table.add_row(
+                name, *_numbers(point), mfu, Text("fits" if point.status == "ok" else _short(point))
+            )
+    return table
+
+
+def _order(point: Point | None) -> tuple[int, float]:
+    if point is None:
+        return 2, 0.0
+    return int(point.status != "ok"), -(point.tokens_per_second_per_gpu or 0.0)
+
+
+def _numbers(point: Point) -> tuple[str, str, str, str]:
+    return (
+        format_bytes(point.device_needed_bytes),
+        format_bytes(point.host_needed_bytes),
+        format_seconds(point.step_seconds),
+        format_rate(point.tokens_per_second_per_gpu),
+    )
+
+
+def _then(plan: MethodPlan) -> str:
+    return plan.ended_by if plan.too_long is None else _short(plan.too_long)
+
+
+def _short(point: Point) -> str:
+    """`device memory: short by 1.2 GiB`."""
+    words = (point.reason or "").partition(":")
+    return f"{words[0]} {words[2].rpartition(', ')[2]}" if words[1] else words[0]
+
+
+def _words(configuration: Configuration) -> str:
+    """Options for people; the host budget is that of the question."""
+    stack = {key: value for key, value in configuration.stack.items() if key != "host_budget_bytes"}
+    return configuration.model_copy(update={"stack": stack}).words
+
+
+def _uncertainty(found: ContextPlan) -> float | None:
+    points = [plan.longest for plan in found.methods if plan.longest is not None]
+    return next((point.uncertainty for point in points if point.uncertainty is not None), None)
+
+
+class _Files:
+    """What the recommendation needs to name or write."""
+
+    def __init__(self, out: Path, model: str, plugins: Sequence[Path]) -> None:
+        self.out = out
+        self.model = model
+        self.plugins = tuple(plugins)
+
+
+def _print_recommendation(console: Console, found: ContextPlan, files: _Files) -> None:
+    choice = found.recommended
+    console.print()
+    if choice is None:
+        console.print(Text(_nothing(found), style="bold"))
+        return
+    point, q = choice.point, found.question
+    left = found.device_memory_bytes - point.device_needed_bytes
+    options = _words(choice.configuration)
+    why = "the fastest that fits" if q.seq_len is not None else "the longest context"
+    console.print(
+        Text(
+            f"recommended for {format_length(point.seq_len)} on {choice.world_size} ranks: "
+            f"{choice.configuration.method}{f' with {options}' if options else ''} ({why}; {format_bytes(left)} of device memory left, "
+            f"{_host_left(point, q)} of host memory)",
+            style="bold",
+        )
+    )
+    if choice.alike:
+        console.print(Text(f"no slower within the uncertainty of the time model: {', '.join(choice.alike)}"))
+    console.print("\nto run it where the GPUs are:")
+    command = sweep_command(
+        q, choice, model=files.model, plugins=files.plugins, scenario=_scenario(found, choice, files)
+    )
+    console.print(Text(f"  {shlex.join(command)}"), soft_wrap=True)
+    console.print("which launches, on each node:")
+    console.print(Text(f"  {torchrun_line(choice)}"), soft_wrap=True)
+
+
+def _scenario(found: ContextPlan, choice: Recommendation, files: _Files) -> Path | None:
+    """The scenario's file, written if flags cannot say what is to run."""
+    if not choice.configuration.stack:
+        return None
+    path = files.out / "recommended.toml"
+    path.write_text(scenario_text(found.question, choice, model=files.model), encoding="utf-8")
+    return path
+
+
+def _host_left(point: Point, question: Question) -> str:
+    return format_bytes(question.host_memory_bytes - point.host_needed_bytes)
+
+
+def _nothing(found: ContextPlan) -> str:
+    """What is missing when nothing fits."""
+    q = found.question
+    asked = [plan.asked for plan in found.methods if plan.asked is not None]
+    if q.seq_len is None or not asked:
+        return "nothing fits on this machine at any length: use more ranks (--world), or a larger --hardware"
+    nearest = min(asked, key=lambda point: point.device_needed_bytes)
+    longest = max((plan.longest.seq_len for plan in found.methods if plan.longest), default=0)
+    shorter = f", or train {format_length(longest)} at most" if longest else ""
+    return (
+        f"nothing fits {format_length(q.seq_len)}; the nearest is short of {_short(nearest)}. "
+        f"Use more ranks (--world {2 * max(q.worlds)}), more host memory, a larger --hardware{shorter}"
+    )
+
+
+def _right(header: str) -> Column:
+    return Column(header, justify="right", no_wrap=True)
+
+
+__all__ = ["EXAMPLES", "plan"]

@@ -1,0 +1,372 @@
+"""Answers "which method, and how long a context fits?" by searching over estimates.
+
+For every method and number of ranks: the longest context that fits, with the best of the option sets its file declares
+(`PLAN_OPTIONS`) and of the stack, and what a step of the length asked for takes with the fastest of them.  Whether a
+length fits is always the estimate of that very length; the neighbour one step further was estimated too.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from cpbench import registry
+from cpbench.bracket import Bracket, Room, longest_that_fits
+from cpbench.case import STACKS, Case
+from cpbench.context_plan import (
+    Configuration,
+    ContextPlan,
+    End,
+    MethodPlan,
+    Point,
+    Question,
+    Recommendation,
+    StackChange,
+)
+from cpbench.errors import UsageError
+from cpbench.estimator import Estimate
+from cpbench.hardware import Hardware, fit
+from cpbench.units import MIB, format_length
+
+STEP = 65536
+"""Lengths are multiples of this, and of what any layout of the ranks needs."""
+LIMIT = 64 * MIB
+"""Longer contexts are not searched for."""
+_STACK = "long"
+_FIRST_TOKENS = MIB // 8
+"""Tokens of a rank that the search starts with."""
+_SLOW_FIRST = ("fpdt", "upipe")  # their estimates take longest, so they start first
+
+
+class Estimates(Protocol):
+    """What `cpbench.estimator.Estimator` does."""
+
+    size: int
+
+    def estimate(self, case: Case) -> Estimate:
+        """Return the estimate of a case."""
+        ...
+
+
+def plan_context(
+    question: Question,
+    hardware: Hardware,
+    estimates: Estimates,
+    *,
+    plugins: Sequence[Path] = (),
+    said: Callable[[str], None] = lambda _: None,
+) -> ContextPlan:
+    """Return the longest context of every method, and what to run.
+
+    Args:
+        question: what is asked; its host memory counts, not that of `hardware`.
+        hardware: the profile of `question.hardware`.
+        estimates: answers for single cases.
+        plugins: files of further methods.
+        said: told a line for every method that is done.
+
+    Raises:
+        UsageError: a number of ranks that does not fill whole nodes, or options declared wrongly.
+    """
+    hardware = hardware.model_copy(update={"host_memory_bytes": question.host_memory_bytes})
+    searches = [
+        _Search(question, hardware, estimates, method, world, plugins)
+        for world in question.worlds
+        for method in question.methods
+    ]
+    order = sorted(searches, key=lambda search: search.method not in _SLOW_FIRST)
+    found: dict[_Key, MethodPlan] = {}
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=estimates.size) as pool:
+        running = [pool.submit(search.run, stop) for search in order]
+        try:
+            for done in as_completed(running):
+                answer = done.result()
+                found[answer.method, answer.world_size] = answer
+                said(f"[{len(found)}/{len(searches)}] {_told(answer)}")
+        except BaseException:
+            stop.set()
+            for future in running:
+                future.cancel()
+            raise
+    plans = tuple(found[search.method, search.world] for search in searches)
+    return ContextPlan(
+        question=question,
+        step_tokens={search.world: search.unit for search in searches},
+        device_memory_bytes=hardware.device_memory_bytes,
+        methods=plans,
+        recommended=recommended(plans, asked=question.seq_len is not None),
+    )
+
+
+_Key = tuple[str, int]
+
+
+def nodes_of(world_size: int, hardware: Hardware) -> int:
+    """Return the nodes that a number of ranks fills.
+
+    Raises:
+        UsageError: they fill some only in part.
+    """
+    nodes = -(-world_size // hardware.gpus_per_node)
+    if world_size % nodes:
+        raise UsageError(
+            f"--world {world_size} fills {nodes} nodes of {hardware.gpus_per_node} GPUs only in part; "
+            f"use a multiple of {hardware.gpus_per_node}"
+        )
+    return nodes
+
+
+def recommended(plans: Sequence[MethodPlan], *, asked: bool) -> Recommendation | None:
+    """Return the fastest configuration at the length asked for, or the one with the longest context.
+
+    Without a modelled time the leanest counts as the fastest.
+    """
+    if asked:
+        fitting = [
+            (plan, plan.asked, plan.asked_configuration)
+            for plan in plans
+            if plan.asked is not None and plan.asked.status == "ok"
+        ]
+        best = min(fitting, key=lambda item: _speed_order(item[1]), default=None)
+    else:
+        reached = [(plan, plan.longest, plan.configuration) for plan in plans if plan.longest is not None]
+        best = min(reached, key=lambda item: (-item[1].seq_len, *_speed_order(item[1])), default=None)
+        fitting = []
+    if best is None:
+        return None
+    plan, point, configuration = best
+    return Recommendation(
+        configuration=configuration or plan.configuration,
+        world_size=plan.world_size,
+        nodes=plan.nodes,
+        point=point,
+        alike=tuple(
+            dict.fromkeys(
+                other.method
+                for other, its, _ in fitting
+                if other is not plan and other.world_size == plan.world_size and _alike(point, its)
+            )
+        ),
+    )
+
+
+def _speed_order(point: Point) -> tuple[float, int]:
+    rate = point.tokens_per_second_per_gpu
+    return (-rate if rate is not None else math.inf, point.device_needed_bytes)
+
+
+def _alike(best: Point, other: Point) -> bool:
+    if best.step_seconds is None or other.step_seconds is None or best.uncertainty is None:
+        return False
+    return other.step_seconds <= best.step_seconds * (1 + best.uncertainty)
+
+
+class _FailedError(Exception):
+    """An estimate failed or the configuration cannot run; the words say why."""
+
+    def __init__(self, words: str, *, failed: bool) -> None:
+        super().__init__(words)
+        self.failed = failed
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the answer any more."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """A configuration's search."""
+
+    configuration: Configuration
+    bracket: Bracket
+    points: dict[int, Point]
+
+
+@dataclass(slots=True)
+class _Search:
+    """One method on a number of ranks."""
+
+    question: Question
+    hardware: Hardware
+    estimates: Estimates
+    method: str
+    world: int
+    plugins: Sequence[Path]
+    unit: int = field(init=False)
+    nodes: int = field(init=False)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.unit = math.lcm(STEP, 2 * self.world)
+        self.nodes = nodes_of(self.world, self.hardware)
+
+    def run(self, stop: threading.Event) -> MethodPlan:
+        """Search, and look at the length asked for."""
+        self._stop = stop
+        sets = registry.plan_options(registry.require(self.method, self.plugins))
+        configurations = [Configuration(method=self.method, options=options) for options in sets]
+        best, problem = self._best(configurations)
+        common: dict[str, Any] = {"method": self.method, "world_size": self.world, "nodes": self.nodes}
+        if best is None:
+            ended: End = "estimate failed" if problem is not None and problem.failed else "cannot run"
+            return MethodPlan(
+                **common, configuration=configurations[0], ended_by=ended, reason=str(problem or "")
+            )
+        asked: dict[str, Any] = {}
+        if self.question.seq_len is not None:
+            asked = self._asked(self.question.seq_len, best, configurations)
+        longest, beyond = best.bracket.longest, best.bracket.shortest_too_long
+        too_long = None if beyond is None else best.points[beyond]
+        ended = "limit of the search"
+        if too_long is not None:
+            ended = "device memory" if too_long.status == "oom_device" else "host memory"
+        return MethodPlan(
+            **common,
+            **asked,
+            configuration=best.configuration,
+            longest=best.points[longest] if longest else None,
+            too_long=too_long,
+            ended_by=ended,
+            reason=None if too_long is None else too_long.reason,
+            points=tuple(point for _, point in sorted(best.points.items())),
+        )
+
+    def _best(self, configurations: Sequence[Configuration]) -> tuple[_Found | None, _FailedError | None]:
+        """The configuration with the longest context: an option set is searched only if it goes further.
+
+        The optimizer's states go to host memory if device memory is what ends the best of them.
+        """
+        best: _Found | None = None
+        problem: _FailedError | None = None
+        for configuration in configurations:
+            try:
+                best = self._further(configuration, best)
+            except _FailedError as error:  # another option set may run
+                problem = problem or error
+        if best is not None and self._ends_by_device(best):
+            offloaded = best.configuration.model_copy(update={"stack": {"optimizer_offload": True}})
+            with suppress(_FailedError):  # what was found without it still holds
+                best = self._further(offloaded, best)
+        return best, problem
+
+    def _further(self, configuration: Configuration, best: _Found | None) -> _Found:
+        """The search of a configuration, or what was the best before if it does not go further."""
+        points: dict[int, Point] = {}
+
+        def room(length: int) -> Room:
+            if length not in points:
+                points[length] = self._point(configuration, length)
+            return Room(
+                self.hardware.device_memory_bytes - points[length].device_needed_bytes,
+                self.hardware.host_memory_bytes - points[length].host_needed_bytes,
+            )
+
+        start, slope = self.world * _FIRST_TOKENS, None
+        if best is not None:
+            beyond = best.bracket.shortest_too_long
+            if beyond is None or not room(beyond).fits:
+                return best
+            start, slope = beyond, best.bracket.slope
+        bracket = longest_that_fits(room, unit=self.unit, limit=LIMIT, start=start, slope=slope)
+        return _Found(configuration, bracket, points)
+
+    def _ends_by_device(self, best: _Found) -> bool:
+        beyond = best.bracket.shortest_too_long
+        return beyond is not None and best.points[beyond].status == "oom_device"
+
+    def _asked(self, length: int, best: _Found, configurations: Sequence[Configuration]) -> dict[str, Any]:
+        """The fastest configuration that fits at a length; attention is saved too, where host memory allows it."""
+        tried: list[tuple[Point, Configuration]] = []
+        problem: _FailedError | None = None
+        for configuration in self._candidates(best, configurations):
+            try:
+                known = best.points.get(length) if configuration == best.configuration else None
+                tried.append((known or self._point(configuration, length), configuration))
+            except _FailedError as error:
+                problem = problem or error
+        if not tried:
+            return {"asked_reason": str(problem or "")}
+        point, configuration = min(tried, key=self._preference)
+        if point.status == "ok":
+            saving: dict[str, StackChange] = {
+                "save_attention": "auto",
+                "host_budget_bytes": self.hardware.host_memory_bytes,
+            }
+            saved = configuration.model_copy(update={"stack": configuration.stack | saving})
+            with suppress(_FailedError):  # offload saves by itself, and some methods cannot
+                tried.append((self._point(saved, length), saved))
+            point, configuration = min(tried, key=self._preference)
+        return {"asked": point, "asked_configuration": configuration}
+
+    def _candidates(self, best: _Found, configurations: Sequence[Configuration]) -> Iterator[Configuration]:
+        yield from configurations
+        if best.configuration not in configurations:
+            yield best.configuration
+
+    def _preference(self, item: tuple[Point, Configuration]) -> tuple[bool, float, int, int]:
+        """Fits before does not; then the fastest, then the leanest, then the simplest."""
+        point, configuration = item
+        if point.status != "ok":
+            return True, 0.0, point.device_needed_bytes, 0
+        rate = point.tokens_per_second_per_gpu
+        # Three digits: what differs less is no reason for one more option.
+        speed = 0.0 if rate is None else -float(f"{rate:.3g}")
+        return False, speed, len(configuration.options) + len(configuration.stack), point.device_needed_bytes
+
+    def _point(self, configuration: Configuration, length: int) -> Point:
+        if self._stop.is_set():
+            raise _StoppedError
+        q = self.question
+        case = Case(
+            method=self.method,
+            options=configuration.options,
+            model=q.model,
+            architecture=q.architecture,
+            seq_len=length,
+            batch_size=q.batch_size,
+            world_size=self.world,
+            nodes=self.nodes,
+            dtype=q.dtype,
+            stack=STACKS[_STACK].model_copy(update=configuration.stack),
+            mode="estimate",
+            device="cuda",
+            hardware=q.hardware,
+        )
+        estimate = self.estimates.estimate(case)
+        if estimate.record is None:
+            raise _FailedError(estimate.reason or "", failed=estimate.failed)
+        record = estimate.record
+        if record.status not in ("ok", "oom_device", "oom_host"):
+            raise _FailedError(f"{record.status}: {record.reason}", failed=True)
+        found = fit(
+            estimate.case,
+            self.hardware,
+            peak_bytes=record.peak_allocated_bytes or 0,
+            host_bytes=record.host_pinned_peak_bytes or 0,
+        )
+        return Point(
+            seq_len=length,
+            status=found.status,
+            reason=found.reason,
+            peak_bytes=record.peak_allocated_bytes or 0,
+            device_needed_bytes=found.device_needed_bytes,
+            host_needed_bytes=found.host_needed_bytes,
+            step_seconds=record.step_seconds,
+            tokens_per_second_per_gpu=record.tokens_per_second_per_gpu,
+            mfu=record.mfu,
+            uncertainty=None if record.modelled is None else record.modelled.uncertainty,
+        )
+
+
+def _told(answer: MethodPlan) -> str:
+    where = f"{answer.method} on {answer.world_size}"
+    if answer.longest is None:
+        return f"{where}: nothing fits ({answer.ended_by})"
+    return f"{where}: {format_length(answer.longest.seq_len)}, then {answer.ended_by}"
