@@ -24,7 +24,7 @@ NOUNS = """
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* disk doctor expand explain folders gpu_checks interrupt launch mode outcome progress
-    provenance run_folder slurm summary supervise sweep verify
+    provenance published run_folder slurm summary supervise sweep verify
 """
 MEASURED = """
     worker verify_worker explain_worker resolve probe parity.* block_count block_log block_names block_recorder train
