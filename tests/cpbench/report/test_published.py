@@ -190,7 +190,9 @@ def test_the_modelled_parts_and_notes_of_a_record_are_shown(tmp_path: Path) -> N
     )
     record = make_record(grid_case("ring", 2**17), modelled=modelled, notes=("kernels are <not> counted",))
 
-    result = build([write_run(tmp_path / "one", [record])], tmp_path / "out")
+    other = make_record(grid_case("ring", 2**18))  # a column that says the same in every row is left out
+
+    result = build([write_run(tmp_path / "two", [record, other])], tmp_path / "out")
 
     page = result.page.read_text(encoding="utf-8")
     summary = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
