@@ -34,12 +34,10 @@ def rows(run: str) -> dict[tuple[str, bool, int], Row]:
 
 def test_ratios_of_throughput_are_those_of_the_records() -> None:
     """Every pair of ratios in the table, with FlashAttention-2's rates and with FlashAttention-3's."""
-    lines = [
-        line for line in PAGE.splitlines() if re.match(r"\| `[a-z-]+`(, published scheme)? \| \**\d", line)
-    ]
+    lines = [line for line in PAGE.splitlines() if line.startswith("| `") and " / " in line]
     checked = 0
     for line in lines:
-        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        name, *cells = (cell.strip() for cell in line[1:-1].split("|"))
         method, published = name.split("`")[1], "scheme" in name
         for length, cell in zip(("128K", "256K", "512K", "1M", "2M", "3M", "4M", "5M"), cells, strict=True):
             said = re.findall(r"\d\.\d\d", cell)
