@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 # A new file belongs in exactly one of these; a name that ends in `.*` stands for a package and all that is in it.
 NOUNS = """
-    cpbench errors units case scenario record machine hardware host_budget method registry model_config hugging_face
-    verification progress_file selection shape block_schedule explanation
+    cpbench errors units case scenario record rank_report aggregate machine hardware host_budget method registry
+    model_config hugging_face verification progress_file selection shape block_schedule explanation
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* disk doctor expand explain folders gpu_checks interrupt launch mode outcome progress
