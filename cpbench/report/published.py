@@ -159,14 +159,14 @@ def _outcome_differs(pair: _Pair) -> bool:
 _COLUMNS = (
     Heading(title="Case", about="Series and length", numeric=False),
     Heading(title="Mode", about="How our numbers came to be", numeric=False),
+    Heading(title="Peak ratio", about="Ours over published"),
+    Heading(title="Speed ratio", about="Ours over published"),
     Heading(title="Status", about="Outcome of our case", numeric=False),
     Heading(title="Status there", about="Outcome in the source", numeric=False),
     Heading(title="Peak", about="Our peak, largest over ranks"),
     Heading(title="Peak there", about="Peak of a GPU as the source has it"),
-    Heading(title="Peak ratio", about="Ours over published"),
     Heading(title="Tokens/s", about="Ours, per second and rank"),
     Heading(title="Tokens/s there", about="The source's, per second and GPU"),
-    Heading(title="Speed ratio", about="Ours over published"),
     Heading(
         title="Setting differs in",
         about="What is not the same, the source's first",
@@ -185,14 +185,14 @@ def _row(pair: _Pair) -> tuple[Cell, ...]:
     return (
         Cell(pair.title, pair.title),
         Cell(MODE_WORD[r.mode], r.mode),
+        _ratio_cell(pair.memory_ratio),
+        _ratio_cell(pair.speed_ratio),
         Cell(f"{ours} !" if other else ours, ours, "bad" if other else ""),
         Cell(theirs, theirs),
         Cell(format_bytes(pair.peak_bytes), pair.peak_bytes),
         Cell(format_bytes(v.peak_bytes), v.peak_bytes),
-        _ratio_cell(pair.memory_ratio),
         Cell(format_rate(r.tokens_per_second_per_gpu), r.tokens_per_second_per_gpu),
         Cell(format_rate(v.tokens_per_second_per_gpu), v.tokens_per_second_per_gpu),
-        _ratio_cell(pair.speed_ratio),
         Cell(differing, differing),
         Cell(name, name),
     )
