@@ -1,4 +1,4 @@
-"""The shape of a Llama-style decoder: presets, Hugging Face `config.json`, parameter and FLOP counts.
+"""The shape of a Llama-style decoder: presets, parameter and FLOP counts; `cpbench.hugging_face` reads files.
 
 FLOP convention (used for TFLOP/s and MFU everywhere): *model* FLOPs of one training step, so recomputation is not
 counted; a matrix product of N parameters costs 2N per token forward and 4N backward; the embedding lookup costs
@@ -7,13 +7,22 @@ nothing; causal attention counts half of the full square.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from cpbench.errors import UnknownName, UsageError
+from cpbench.hugging_face import read_shape
 
 
 class ModelConfig(BaseModel):
@@ -43,6 +52,8 @@ class ModelConfig(BaseModel):
     """RMSNorm over head_dim on queries and keys before RoPE (Qwen3)."""
     tied_embeddings: bool = False
     """The output head shares the embedding's weight."""
+    sliding_window: PositiveInt | None = None
+    """Keys a query sees at most; None: all before it.  No kernel here has windows: longer sequences are unsupported."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -54,6 +65,13 @@ class ModelConfig(BaseModel):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; RoPE rotates pairs, so it must be even")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if fields.get("sliding_window") is None:  # cases from before this field keep their ids
+            fields.pop("sliding_window", None)
+        return fields
 
     @property
     def attention_dim(self) -> int:
@@ -159,15 +177,13 @@ PRESETS: dict[str, ModelConfig] = {
 }
 """Model presets by name; sources are the models' published `config.json` files."""
 
-_HF_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
 
 def load_model(name: str) -> tuple[str, ModelConfig]:
     """Return (name, config) for a preset, or for the path of a Hugging Face `config.json`.
 
     Raises:
         UnknownName: neither a preset nor an existing file.
-        UsageError: the file is not JSON, or describes an architecture outside the supported families.
+        UsageError: the file cannot be read, or describes what the stack does not have (see `cpbench.hugging_face`).
     """
     if name in PRESETS:
         return name, PRESETS[name]
@@ -179,45 +195,10 @@ def load_model(name: str) -> tuple[str, ModelConfig]:
 
 
 def _from_hugging_face(path: Path) -> ModelConfig:
-    """Map a Hugging Face decoder config to ours, refusing what the stack does not implement."""
     try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"model file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"model file {path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise UsageError(f"model file {path} holds no JSON object")
-    family = raw.get("model_type")
-    if family not in _HF_FAMILIES:
-        raise UsageError(f"model file {path}: model_type {family!r} is not one of {', '.join(_HF_FAMILIES)}")
-    for key, harmless in (("attention_bias", False), ("mlp_bias", False), ("use_sliding_window", False)):
-        if raw.get(key, harmless) not in (harmless, None):
-            raise UsageError(f"model file {path}: {key}={raw[key]!r} is not supported; only {harmless!r} is")
-    if family == "qwen2":
-        raise UsageError(
-            f"model file {path}: qwen2 adds a bias to q, k and v, which the stack does not have yet"
-        )
-    if family == "mistral" and raw.get("sliding_window") is not None:
-        raise UsageError(
-            f"model file {path}: sliding_window={raw['sliding_window']!r} is not supported; only null is"
-        )
-    try:
-        heads = raw["num_attention_heads"]
-        return ModelConfig(
-            hidden_dim=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            ffn_dim=raw["intermediate_size"],
-            vocab_size=raw["vocab_size"],
-            rope_theta=raw.get("rope_theta", 10_000.0),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
-            qk_norm=family == "qwen3",
-            tied_embeddings=raw.get("tie_word_embeddings", False),
-        )
-    except KeyError as error:
-        raise UsageError(f"model file {path} lacks the key {error.args[0]!r}") from error
-    except (ValidationError, TypeError, ZeroDivisionError) as error:
-        raise UsageError(f"model file {path} has a wrong value: {error}") from error
+        return ModelConfig.model_validate(read_shape(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        message = first["msg"].removeprefix("Value error, ")
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"model file {path}: {where + ': ' if where else ''}{message}") from error

@@ -35,6 +35,7 @@ def resolve(case: Case, plugins: list[Path]) -> tuple[Case, str | None]:
                 f"world_size={case.world_size} is not a multiple of nodes={case.nodes}; choose one that is"
             )
         resolved = _with_rank(resolved)
+        _within_window(resolved)
         method.check(resolved)
         select_kernels(resolved)
         resolved = resolved.model_copy(update={"stack": with_saved_attention(resolved)})
@@ -56,6 +57,16 @@ def _with_rank(case: Case) -> Case:
     if case.rank is not None and case.rank >= case.world_size:
         raise Unsupported(f"rank={case.rank} must be below world_size={case.world_size}")
     return case.model_copy(update={"rank": 0}) if case.mode == "emulate" and case.rank is None else case
+
+
+def _within_window(case: Case) -> None:
+    """Refuse sequences that are longer than a sliding window: the kernels here see every earlier key."""
+    window = case.architecture.sliding_window
+    if window is not None and case.seq_len > window:
+        raise Unsupported(
+            f"seq_len={case.seq_len} is longer than the model's sliding_window={window}, which the attention here does "
+            f"not have; use at most {window}, or a config.json without a window"
+        )
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from typing import NamedTuple
 
 # A new file belongs in exactly one of these; a name that ends in `.*` stands for a package and all that is in it.
 NOUNS = """
-    cpbench errors units case scenario record machine hardware host_budget method registry model_config verification
-    progress_file selection shape block_schedule explanation context_plan
+    cpbench errors units case scenario record rank_report aggregate machine hardware host_budget method registry
+    model_config hugging_face verification progress_file selection shape block_schedule explanation context_plan
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* bracket disk doctor estimator expand explain folders gpu_checks interrupt launch mode
-    outcome plan planned_run progress provenance run_folder slurm summary supervise sweep verify
+    outcome plan planned_run progress provenance published run_folder slurm summary supervise sweep verify
 """
 MEASURED = """
     worker verify_worker explain_worker estimate_worker resolve probe parity.* block_count block_log block_names

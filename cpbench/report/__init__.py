@@ -5,6 +5,7 @@
     series.py    entries -> panels of labelled series; nothing is ever joined over modes, machines or stacks
     tables.py    entries -> rows of cells, summary.md;  frame.py: entries -> records.csv, records.parquet
     baseline.py  two overviews -> rows of cells: the runs against a baseline
+    published.py overview -> rows of cells, published.csv: the runs beside published results of the same cases
     plots.py     panels -> PNG (matplotlib);  charts.py: panels -> interactive charts (plotly)
     page.py      everything -> index.html
 
@@ -31,7 +32,7 @@ class ReportResult:
     pictures: tuple[Path, ...]
     """PNG files beside the page."""
     tables: tuple[Path, ...]
-    """records.csv, records.parquet and summary.md beside the page."""
+    """records.csv, records.parquet, published.csv (where a case is published) and summary.md beside the page."""
     skipped: tuple[str, ...]
     """One sentence for each record file that could not be read."""
 

@@ -16,6 +16,8 @@ from cpbench.report.series import Point, Series
 from cpbench.units import format_bytes, format_length, format_rate, format_seconds
 
 MISSING = "-"
+_SMALL_PART = 0.01
+"""Parts of a critical path below this are not listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,25 @@ def _number(name: str, show: Callable[[float | None], str]) -> Callable[[Point, 
         return Cell(show(value), value)
 
     return cell
+
+
+def _modelled(name: str, show: Callable[[float | None], str]) -> Callable[[Point, Series], Cell]:
+    def cell(point: Point, _: Series) -> Cell:
+        modelled = point.record.modelled
+        value: float | None = None if modelled is None else getattr(modelled, name)
+        return Cell(show(value), value)
+
+    return cell
+
+
+def critical_path(record: Record) -> str:
+    """Return what a modelled step consists of along its critical path, the largest parts first."""
+    parts = record.modelled.critical_path_seconds if record.modelled is not None else {}
+    total = sum(parts.values())
+    if total <= 0:
+        return ""
+    large = sorted(parts.items(), key=lambda part: -part[1])
+    return ", ".join(f"{n.replace('/', ' ')} {s / total:.0%}" for n, s in large if s >= _SMALL_PART * total)
 
 
 def _text(value: Callable[[Record], str]) -> Callable[[Point, Series], Cell]:
@@ -164,6 +185,26 @@ COLUMNS: tuple[Column, ...] = (
         title="Optimizer", about="Clip and update, median", cell=_number("optimizer_seconds", format_seconds)
     ),
     Column(
+        title="Exposed comm.",
+        about="Estimate: time in which compute waits for collectives, by the time model",
+        cell=_modelled("exposed_communication_seconds", format_seconds),
+    ),
+    Column(
+        title="Exposed copies",
+        about="Estimate: time in which compute waits for copies to or from host memory, by the time model",
+        cell=_modelled("exposed_copy_seconds", format_seconds),
+    ),
+    Column(
+        title="Modelled comm.",
+        about="Emulation: by how much communication prolongs the step, by the time model",
+        cell=_number("communication_seconds", format_seconds),
+    ),
+    Column(
+        title="Time +/-",
+        about="Part by which a modelled step may be off, judged from the sources of the rates",
+        cell=_modelled("uncertainty", lambda value: MISSING if value is None else f"{value:.0%}"),
+    ),
+    Column(
         title="Tokens/s", about="Tokens per second, all ranks", cell=_number("tokens_per_second", format_rate)
     ),
     Column(
@@ -186,6 +227,12 @@ COLUMNS: tuple[Column, ...] = (
         title="Kernel",
         about="Attention kernel that ran",
         cell=_text(lambda r: r.attention_backend or ""),
+        numeric=False,
+    ),
+    Column(
+        title="Critical path",
+        about="Estimate: what the modelled step consists of, along the chain that makes it as long as it is",
+        cell=_text(critical_path),
         numeric=False,
     ),
     Column(title="Run", about="Run folder", cell=lambda p, _: Cell(p.entry.run, p.entry.run), numeric=False),

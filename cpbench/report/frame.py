@@ -49,15 +49,15 @@ def write_frame(entries: Sequence[Entry], folder: Path) -> tuple[Path, Path]:
     frame = to_frame(entries)
     csv, parquet = folder / "records.csv", folder / "records.parquet"
     frame.to_parquet(parquet, index=False)
-    harmless = frame.copy()
-    for name in harmless.columns[harmless.dtypes == "string"]:
-        harmless[name] = harmless[name].map(_harmless, na_action="ignore")
-    harmless.to_csv(csv, index=False)
+    shown = frame.copy()
+    for name in shown.columns[shown.dtypes == "string"]:
+        shown[name] = shown[name].map(harmless, na_action="ignore")
+    shown.to_csv(csv, index=False)
     return csv, parquet
 
 
-def _harmless(text: str) -> str:
-    """Keep a spreadsheet from running text of a foreign record as a formula."""
+def harmless(text: str) -> str:
+    """Return text of a foreign record so that no spreadsheet runs it as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 

@@ -19,6 +19,8 @@ from cpbench.record import Record, read_record
 
 _LARGEST_INTEGER = 2**62
 """Above this no count of bytes or tokens is real, and columns of 64-bit integers could not hold it."""
+_MOST_FLOPS = 1e30
+"""FLOPs are a float; a step over 8M tokens has 1e19 of them on each rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +143,7 @@ def _implausible(record: Record) -> str | None:
         if getattr(record, name) < 1:
             return f"has {name}={getattr(record, name)}"
     for name, value in _numbers(record.model_dump(exclude={"ranks"}), ""):
-        if abs(value) > _LARGEST_INTEGER:
+        if abs(value) > (_MOST_FLOPS if name.endswith("_flops") else _LARGEST_INTEGER):
             return f"has {name}={value:.3g}"
         if value < 0 and name.endswith(("_bytes", "_seconds", "_second", "_gpu")):
             return f"has {name}={value:.3g}"

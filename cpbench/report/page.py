@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from cpbench import __version__
 from cpbench.errors import CpbenchError, RunFolderError
+from cpbench.folders import published_folder
+from cpbench.published import load_published
 from cpbench.record import write_text_atomically
 from cpbench.report import ReportResult
 from cpbench.report.baseline import Comparison, compare
@@ -25,8 +27,17 @@ from cpbench.report.findings import findings, introduction
 from cpbench.report.frame import write_frame
 from cpbench.report.load import Loaded, load_runs
 from cpbench.report.plots import write_pictures
+from cpbench.report.published import BesidePublished, beside_published, published_csv
 from cpbench.report.series import Overview, arrange
-from cpbench.report.tables import environment, failures, loss_note, results_table, summary_markdown, warnings
+from cpbench.report.tables import (
+    environment,
+    failures,
+    loss_note,
+    notes,
+    results_table,
+    summary_markdown,
+    warnings,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,20 +50,31 @@ def write_report(run_dirs: Sequence[Path], out: Path, baseline: Path | None = No
     comparison = None
     if baseline is not None:
         loaded, comparison = _against(baseline, loaded, overview)
+    published = beside_published(overview, load_published(published_folder()))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        tables = write_frame(loaded.entries, out)
+        tables = (*write_frame(loaded.entries, out), *_write_published(published, out))
         summary = out / "summary.md"
-        write_text_atomically(summary, summary_markdown(overview, loaded, comparison))
+        write_text_atomically(summary, summary_markdown(overview, loaded, comparison, published))
         pictures = write_pictures(overview, out)
         page = out / "index.html"
         beside = tuple(path.name for path in (*pictures, *tables, summary))
-        write_text_atomically(page, render_page(overview, loaded, beside, comparison))
+        write_text_atomically(page, render_page(overview, loaded, beside, comparison, published))
     except OSError as error:
         raise RunFolderError(
             f"report folder {out} cannot be written: {error.strerror or error}; choose another with --out"
         ) from error
     return ReportResult(page=page, pictures=pictures, tables=(*tables, summary), skipped=loaded.skipped)
+
+
+def _write_published(found: BesidePublished | None, out: Path) -> tuple[Path, ...]:
+    """Write published.csv, or take away the one of an older report."""
+    path = out / "published.csv"
+    if found is None:
+        path.unlink(missing_ok=True)
+        return ()
+    write_text_atomically(path, published_csv(found))
+    return (path,)
 
 
 def _against(baseline: Path, loaded: Loaded, overview: Overview) -> tuple[Loaded, Comparison]:
@@ -66,7 +88,11 @@ def _against(baseline: Path, loaded: Loaded, overview: Overview) -> tuple[Loaded
 
 
 def render_page(
-    overview: Overview, loaded: Loaded, beside: Sequence[str], comparison: Comparison | None = None
+    overview: Overview,
+    loaded: Loaded,
+    beside: Sequence[str],
+    comparison: Comparison | None = None,
+    published: BesidePublished | None = None,
 ) -> str:
     """Return the page as text.
 
@@ -75,6 +101,7 @@ def render_page(
         loaded: runs and skipped files.
         beside: names of the files that are written beside the page.
         comparison: with a baseline, if there is one.
+        published: the cases that are published too, if there are any.
     """
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -97,7 +124,9 @@ def render_page(
         groups=groups,
         table=results_table(overview),
         comparison=comparison,
+        published=published,
         failures=failures(overview),
+        notes=notes(overview),
         warnings=warnings(overview, loaded),
         loss_note=loss_note(overview),
         environment=environment(overview, loaded),

@@ -19,6 +19,7 @@ from cpbench.units import format_bytes, format_length
 
 if TYPE_CHECKING:
     from cpbench.report.baseline import Comparison, Heading
+    from cpbench.report.published import BesidePublished
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +111,20 @@ def warnings(overview: Overview, loaded: Loaded) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def notes(overview: Overview) -> tuple[str, ...]:
+    """Return what records say that their numbers leave out; one text for the cases that say the same."""
+    found: dict[str, list[str]] = {}
+    for panel in overview.panels:
+        for series in panel.series:
+            said: dict[str, list[Point]] = {}
+            for point in series.points:
+                for text in point.record.notes:
+                    said.setdefault(text, []).append(point)
+            for text, points in said.items():
+                found.setdefault(text, []).append(case_title(points, series, panel))
+    return tuple(f"{'; '.join(cases)}: {text}" for text, cases in found.items())
+
+
 def case_title(points: Sequence[Point], series: Series, panel: Panel) -> str:
     """Return the name of cases in a sentence, for example `ring (4 ranks), 128K, 256K`."""
     lengths = ", ".join(format_length(point.record.seq_len) for point in points)
@@ -130,13 +145,20 @@ def loss_note(overview: Overview) -> str:
     )
 
 
-def summary_markdown(overview: Overview, loaded: Loaded, comparison: Comparison | None = None) -> str:
-    """Return the results, the comparison and the failures as Markdown, for a pull request or a CI summary."""
+def summary_markdown(
+    overview: Overview,
+    loaded: Loaded,
+    comparison: Comparison | None = None,
+    published: BesidePublished | None = None,
+) -> str:
+    """Return the results, the comparisons and the failures as Markdown, for a pull request or a CI summary."""
     table = results_table(overview)
     lines = ["# cpbench report", "", _markdown(overview.subtitle), "", _markdown(loss_note(overview)), ""]
     lines += _markdown_table(table.columns, table.rows)
     if comparison is not None:
         lines += _markdown_comparison(comparison)
+    if published is not None:
+        lines += _markdown_published(published)
     sections = (
         (
             "Without a result",
@@ -145,6 +167,7 @@ def summary_markdown(overview: Overview, loaded: Loaded, comparison: Comparison 
                 for f in failures(overview)
             ],
         ),
+        ("Notes", [_markdown(text) for text in notes(overview)]),
         ("Warnings", [_markdown(text) for text in warnings(overview, loaded)]),
         ("Skipped files", [_markdown(text) for text in loaded.skipped]),
     )
@@ -178,6 +201,12 @@ def _markdown_comparison(comparison: Comparison) -> list[str]:
     if comparison.rows:
         lines += ["", *_markdown_table(comparison.columns, comparison.rows)]
     return lines
+
+
+def _markdown_published(published: BesidePublished) -> list[str]:
+    lines = ["", "## Beside the published results", "", " ".join(_markdown(text) for text in published.lead)]
+    lines += ["", *_markdown_table(published.columns, published.rows), "", "Sources:", ""]
+    return lines + [f"- {_markdown(f'{text} {url}'.strip())}" for text, url in published.sources]
 
 
 def environment(overview: Overview, loaded: Loaded) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from typer.testing import CliRunner
 
 from cpbench.cli import app
 from cpbench.explanation import Explanation
+from cpbench.record import read_record
 from cpbench.report.explanation import categories, write_explanation
+from cpbench.units import format_bytes
 
 TINY = ("--model", "tiny", "--seqlen", "4K", "--world", "4", "--dtype", "float32", "--device", "cpu")
 
@@ -38,6 +41,29 @@ def test_two_cases_are_taken_apart_and_compared(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "http://" not in text.replace("http-equiv", "")
     assert found[0].case.title in text
+
+
+@pytest.mark.slow
+def test_a_case_of_a_run_is_explained(tmp_path: Path) -> None:
+    """A case named by the beginning of its id has the peak of its record; page and picture are written."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    shape = ("--model", "tiny", "--seqlen", "1K", "--world", "2", "--dtype", "float32", "--device", "cpu")
+    where = ("--mode", "estimate", "--name", "small", "--runs", str(runs))
+    swept = CliRunner().invoke(app, ["sweep", "--method", "ulysses", *shape, *where])
+    assert swept.exit_code == 0, swept.output
+    (path,) = (runs / "small" / "cases").glob("*.json")
+    record = read_record(path)
+
+    arguments = ["small", "ulysses-1K", "--runs", str(runs), "--no-options", "--out", str(out)]
+    told = CliRunner().invoke(app, ["explain", *arguments])
+
+    assert told.exit_code == 0, told.output
+    assert f"peak {format_bytes(record.peak_allocated_bytes)}" in told.output
+    assert record.peak_by_category_bytes.keys() >= {"optimizer", "gradients"}
+    for name, size in record.peak_by_category_bytes.items():
+        if size:
+            assert re.search(rf"^ *{name} +{re.escape(format_bytes(size))} ", told.output, re.MULTILINE)
+    assert {file.name for file in out.iterdir()} == {"explain.html", "explain.png"}
 
 
 @pytest.mark.parametrize(

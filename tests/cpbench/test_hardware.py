@@ -89,3 +89,18 @@ def test_a_broken_profile_is_refused_by_name(tmp_path: Path, text: str) -> None:
 
     with pytest.raises(UsageError, match=r"mine\.toml"):
         load_hardware(str(path))
+
+
+def test_the_what_if_profile_differs_in_attention_only() -> None:
+    """docs/profiles: the built-in H100, with FlashAttention-3's rates under the name of torch's kernel."""
+    path = Path(__file__).resolve().parents[2] / "docs" / "profiles" / "h100-80g-fa3-rates.toml"
+
+    what_if, real = load_hardware(str(path)), load_hardware("h100-80g")
+
+    assert what_if.rates is not None
+    assert real.rates is not None
+    assert what_if.rates.attention == {"cuda-flash": real.rates.attention["flash-attn-3"]}
+    same = {"rates": None, "sources": {}}
+    assert what_if.model_copy(update=same) == real.model_copy(update=same)
+    same = {"attention": {}}
+    assert what_if.rates.model_copy(update=same) == real.rates.model_copy(update=same)

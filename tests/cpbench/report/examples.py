@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpbench.case import STACKS, Case
+from cpbench.explanation import Anatomy, CategoryEffect, Explanation, Moment, OptionEffect, PeakTensors
 from cpbench.machine import Gpu, Machine
 from cpbench.model_config import PRESETS
 from cpbench.record import (
@@ -215,6 +216,55 @@ def write_run(folder: Path, records: Iterable[Record], **run_json: object) -> Pa
     if run_json:
         (folder / "run.json").write_text(json.dumps(run_json), encoding="utf-8")
     return folder
+
+
+def make_explanation(case: Case, *, site: str = "upipe.py:398 forward") -> Explanation:
+    """What `cpbench explain` could say of a case."""
+    sizes = {"sharded_parameters": 4 * GIB, "optimizer": 8 * GIB, "attention": 6 * GIB, "mlp": GIB}
+    moments = [
+        Moment(
+            at=at,
+            phase=("forward", "backward", "optimizer")[at // 40],
+            place=f"block:{at % 32}",
+            by_category={name: size if at == 60 else size // (1 + at % 3) for name, size in sizes.items()},
+        )
+        for at in range(0, 120, 2)
+    ]
+    peak = sum(sizes.values())
+    tensors = [
+        PeakTensors(
+            count=1 + index,
+            bytes=size // (1 + index),
+            category=name,
+            site=site,
+            made_in="step/backward/attention",
+            shape=(1, 131072, 4096) if index % 2 else None,
+            dtype="bfloat16" if index % 2 else None,
+            peak_without_bytes=peak - size,
+        )
+        for index, (name, size) in enumerate(sizes.items())
+    ]
+    return Explanation(
+        case=case,
+        anatomy=Anatomy(
+            peak_bytes=peak,
+            host_bytes=3 * GIB,
+            peak=next(moment for moment in moments if moment.at == 60),
+            timeline=tuple(moments),
+            events=120,
+            categories=tuple(
+                CategoryEffect(name=n, bytes=s, peak_without_bytes=peak - s, phase_without="backward")
+                for n, s in sizes.items()
+            ),
+            tensors=tuple(tensors),
+            unlisted_bytes=MIB,
+        ),
+        options=(
+            OptionEffect(option="tile_mlp", value="false", peak_bytes=peak + GIB, host_bytes=3 * GIB),
+            OptionEffect(option="offload", value="none", peak_bytes=None, reason="needs full checkpointing"),
+        ),
+        device_bytes=int(75.9 * GIB),
+    )
 
 
 def _rank(case: Case, rank: int, luck: random.Random, gpu: bool, loss: float | None) -> RankReport:

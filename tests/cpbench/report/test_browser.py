@@ -11,10 +11,20 @@ from pathlib import Path
 
 import pytest
 
+from cpbench.folders import published_folder
+from cpbench.published import load_published
+from cpbench.report.explanation import write_explanation
 from cpbench.report.load import Entry, Loaded, RunFacts
 from cpbench.report.page import render_page
+from cpbench.report.published import beside_published
 from cpbench.report.series import arrange
-from tests.cpbench.report.examples import long_records, mixed_records, troubled_records
+from tests.cpbench.report.examples import (
+    long_records,
+    make_case,
+    make_explanation,
+    mixed_records,
+    troubled_records,
+)
 
 _BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
@@ -46,11 +56,25 @@ addEventListener("load", function () { setTimeout(function () {
       narrow: Array.prototype.filter.call(boxes, function (box) {
         return box.querySelector(".main-svg").getBoundingClientRect().right > root.clientWidth; }).length,
       ink: first.layout.font.color, ground: getComputedStyle(document.body).backgroundColor,
+      published: document.querySelectorAll("#published tbody tr").length,
+      marked: document.querySelectorAll("#published td.bad").length,
       hidden: first.data.filter(function (trace) { return trace.visible === false; }).length,
       scale: first.layout.yaxis.type, sorted: sorted
     }), "*");
   }, 500);
 }, 500); });
+</script></body>"""
+_PROBE_EXPLANATION = """
+<script>
+addEventListener("load", function () { setTimeout(function () {
+  var root = document.documentElement, picture = document.querySelector("img");
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, overflow: Math.max(root.scrollWidth, document.body.scrollWidth) - root.clientWidth,
+    drawn: picture.naturalWidth > 0 && picture.getBoundingClientRect().right <= root.clientWidth,
+    tables: document.querySelectorAll("table").length, foreign: document.querySelectorAll("b").length,
+    rows: document.querySelectorAll("tr").length
+  }), "*");
+}, 100); });
 </script></body>"""
 _LISTEN = """<script>var found = {}; addEventListener("message", function (event) {
   var one = JSON.parse(event.data); found[one.width] = one;
@@ -69,7 +93,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         entries = tuple(Entry(run=name, record=record) for record in found)
         loaded = Loaded(entries=entries, runs=(RunFacts(name=name, records=len(entries)),), skipped=())
         pages[name] = folder / f"{name}.html"
-        pages[name].write_text(render_page(arrange(entries), loaded, ["records.csv"]), encoding="utf-8")
+        overview = arrange(entries)
+        beside = beside_published(overview, load_published(published_folder()))
+        page = render_page(overview, loaded, ["records.csv"], published=beside)
+        pages[name].write_text(page, encoding="utf-8")
     return pages
 
 
@@ -90,12 +117,12 @@ def _dumped(page: Path, folder: Path, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-def _probed(page: Path, folder: Path, *flags: str) -> dict[str, _Facts]:
+def _probed(page: Path, folder: Path, *flags: str, probe: str = _PROBE) -> dict[str, _Facts]:
     """What a script inside the page sees, in frames of exactly the widths of a phone and of a screen."""
     text = page.read_text(encoding="utf-8")
     # The page's policy lets no foreign script run, so the probed copy goes without it.
     text = re.sub(r"<meta http-equiv=.Content-Security-Policy.[^>]*>", "", text)
-    (folder / "probed.html").write_text(text.replace("</body>", _PROBE), encoding="utf-8")
+    (folder / "probed.html").write_text(text.replace("</body>", probe), encoding="utf-8")
     around = folder / "around.html"
     frames = "".join(
         f'<iframe src="probed.html" width="{width}" height="900" style="border:0"></iframe>'
@@ -159,3 +186,32 @@ def test_the_scheme_of_the_reader_is_followed(light: _Seen, pages: dict[str, Pat
 
     assert (bright["ground"], bright["ink"]) == ("rgb(245, 246, 248)", "#1c2430")
     assert (dark["ground"], dark["ink"]) == ("rgb(17, 21, 27)", "#e6eaf0")
+
+
+def test_published_values_are_shown_and_marked(light: _Seen) -> None:
+    """The run of the published grid has a row for each published case, some with a mark; the others have no section."""
+    found = light["long"]["1400"]
+
+    assert found["published"] == 34
+    assert isinstance(found["marked"], int)
+    assert found["marked"] > 0
+    assert light["mixed"]["1400"]["published"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_page_of_an_explanation_fits_its_window(tmp_path: Path, count: int) -> None:
+    """One case, or two side by side: the picture is there and inside, tables scroll on their own, text stays text."""
+    explanations = [
+        make_explanation(make_case(method, mode="estimate"), site=f"<b>{method}.py:1</b> {'x' * 200}")
+        for method in ("ulysses", "upipe")[:count]
+    ]
+    page, _ = write_explanation(explanations, tmp_path)
+
+    found = _probed(page, tmp_path, probe=_PROBE_EXPLANATION)
+
+    for width in _WIDTHS:
+        facts = found[str(width)]
+        assert facts["drawn"]
+        assert facts["overflow"] == 0
+        assert facts["foreign"] == 0
+        assert facts["tables"] == 3 * count + (count == 2)

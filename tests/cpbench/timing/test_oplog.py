@@ -281,3 +281,30 @@ def test_a_steps_matrix_flops_are_those_of_the_model() -> None:
     assert flops["attention_backward"] == 5 * attention // 2
     products = sum(count for name, count in flops.items() if not name.startswith("attention"))
     assert 4 * forward + 3 * head - last <= products <= 4 * forward + 3 * head
+
+
+def test_two_arguments_may_share_memory_that_a_copy_writes() -> None:
+    """AdamW over two pieces of a slot that is being fetched: the first waits for the copy, the second need not."""
+
+    def program(recorder: Recorder) -> None:
+        pool = HostPool(CPU, Streams(CPU), recorder, asynchronous=True)
+        moments = pool.zeros((2, 40), torch.float32)
+        slot, parameter, gradient = (torch.empty(size) for size in ((2, 40), 40, 40))
+        slot.copy_(moments.view(), non_blocking=True)
+        with recorder.scope("optimizer"):
+            torch._fused_adamw_(
+                *([t] for t in (parameter, gradient, *slot)),
+                [],
+                [torch.zeros(())],
+                lr=1.0,
+                beta1=0.9,
+                beta2=0.99,
+                weight_decay=0.0,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    *_, copy, update = logged(program)
+    assert (copy.work, copy.stream) == ("copy", "copy_in")
+    assert copy in update.waits

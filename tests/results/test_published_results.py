@@ -1,0 +1,67 @@
+"""What docs/published-results.md says of throughput and memory is what the committed records give."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from cpbench.folders import published_folder
+from cpbench.published import load_published
+from cpbench.report.load import load_runs
+from cpbench.report.published import beside_published
+from cpbench.report.series import arrange
+from cpbench.units import GIB, parse_length
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "published-results.md").read_text(encoding="utf-8")
+RUNS = ROOT / "results" / "cpu-2x-amd-epyc"
+Row = dict[str, str | float | int | bool | None]
+
+
+@cache
+def rows(run: str) -> dict[tuple[str, bool, int], Row]:
+    """Cases beside published values, by method, whether it is the published scheme, and length."""
+    found = beside_published(arrange(load_runs([RUNS / run]).entries), load_published(published_folder()))
+    assert found is not None
+    return {
+        (str(row["method"]), "published=True" in str(row["options"]), int(str(row["seq_len"]))): row
+        for row in found.table
+    }
+
+
+def test_ratios_of_throughput_are_those_of_the_records() -> None:
+    """Every pair of ratios in the table, with FlashAttention-2's rates and with FlashAttention-3's."""
+    lines = [line for line in PAGE.splitlines() if line.startswith("| `") and " / " in line]
+    checked = 0
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line[1:-1].split("|"))
+        method, published = name.split("`")[1], "scheme" in name
+        for length, cell in zip(("128K", "256K", "512K", "1M", "2M", "3M", "4M", "5M"), cells, strict=True):
+            said = re.findall(r"\d\.\d\d", cell)
+            if not said:
+                continue
+            key = (method, published, parse_length(length))
+            runs = ("untied-ulysses-llama3-8b", "untied-ulysses-llama3-8b-fa3-rates")
+            assert said == [f"{rows(run)[key]['speed_ratio']:.2f}" for run in runs], (name, length)
+            checked += 1
+    assert checked == 31 + 8  # every published value; upipe has two rows
+
+
+@pytest.mark.parametrize(
+    ("method", "published", "length", "words"),
+    [
+        ("upipe", True, "128K", "`upipe` 128K, published scheme | 21.1 GiB |"),
+        ("upipe", True, "3M", "`upipe` 3M, published scheme | 51.1 GiB |"),
+        ("ulysses", False, "3M", "`ulysses` 3M | 64.6 GiB |"),
+        ("upipe", False, "128K", "`upipe` 128K, default | |"),
+        ("upipe", False, "3M", "`upipe` 3M, default | |"),
+    ],
+)
+def test_peaks_are_those_of_the_records(method: str, published: bool, length: str, words: str) -> None:
+    """Our peak and its ratio to the published one."""
+    row = rows("untied-ulysses-llama3-8b")[method, published, parse_length(length)]
+
+    assert f"| {words} {int(str(row['peak_bytes'])) / GIB:.1f} GiB | {row['peak_ratio']:.3f} |" in PAGE
