@@ -5,6 +5,7 @@ A sweep starts a process for each case, which costs seconds of imports; a search
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -70,6 +71,7 @@ class Estimator:
         self._closing.set()
         for process in self._all:
             process.end()
+            process.close()
 
     def estimate(self, case: Case) -> Estimate:
         """Return the estimate of a case as asked for; its mode is estimate, whatever it says."""
@@ -149,6 +151,14 @@ class _Process:
         if child.poll() is None:
             child.kill()
         child.wait(timeout=_END_SECONDS)
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # a request that never left
+                    pipe.close()
+
+    def close(self) -> None:
+        """Forget what it said."""
+        self._log.close()
 
     def _last_words(self) -> str:
         self._log.seek(0)

@@ -114,11 +114,11 @@ def nodes_of(world_size: int, hardware: Hardware) -> int:
     Raises:
         UsageError: they fill some only in part.
     """
-    nodes = -(-world_size // hardware.gpus_per_node)
-    if world_size % nodes:
+    size = hardware.gpus_per_node
+    nodes = -(-world_size // size)
+    if nodes > 1 and world_size % size:
         raise UsageError(
-            f"--world {world_size} fills {nodes} nodes of {hardware.gpus_per_node} GPUs only in part; "
-            f"use a multiple of {hardware.gpus_per_node}"
+            f"--world {world_size} fills {nodes} nodes of {size} GPUs only in part; use a multiple of {size}"
         )
     return nodes
 
@@ -219,6 +219,7 @@ class _Search:
             return MethodPlan(
                 **common, configuration=configurations[0], ended_by=ended, reason=str(problem or "")
             )
+        self._add_short(best)
         asked: dict[str, Any] = {}
         if self.question.seq_len is not None:
             asked = self._asked(self.question.seq_len, best, configurations)
@@ -276,6 +277,12 @@ class _Search:
             start, slope = beyond, best.bracket.slope
         bracket = longest_that_fits(room, unit=self.unit, limit=LIMIT, start=start, slope=slope)
         return _Found(configuration, bracket, points)
+
+    def _add_short(self, best: _Found) -> None:
+        """Where the search began far up, the length at which others began, so that a picture can compare them."""
+        short = max(self.world * _FIRST_TOKENS // self.unit, 1) * self.unit
+        if min(best.points) > short:
+            best.points[short] = self._point(best.configuration, short)
 
     def _ends_by_device(self, best: _Found) -> bool:
         beyond = best.bracket.shortest_too_long

@@ -197,7 +197,7 @@ def _print(console: Console, found: ContextPlan) -> None:
 
 def _longest_table(plans: Sequence[MethodPlan]) -> Table:
     table = Table(
-        "method",
+        Column("method", no_wrap=True),
         _right("longest"),
         _right("device"),
         _right("host/node"),
@@ -209,9 +209,7 @@ def _longest_table(plans: Sequence[MethodPlan]) -> Table:
     )
     order = sorted(plans, key=lambda plan: -(plan.longest.seq_len if plan.longest else 0))
     for plan in order:
-        name = Text(plan.method)
-        if plan.configuration.words:
-            name.append(f"\n {plan.configuration.words}", style="dim")
+        name = _named(plan.method, plan.configuration)
         if plan.longest is None:
             why = f"{plan.ended_by}: {plan.reason}" if plan.reason else plan.ended_by
             table.add_row(name, "-", "-", "-", "-", "-", Text(why))
@@ -224,7 +222,7 @@ def _longest_table(plans: Sequence[MethodPlan]) -> Table:
 
 def _asked_table(plans: Sequence[MethodPlan]) -> Table:
     table = Table(
-        "method",
+        Column("method", no_wrap=True),
         _right("device"),
         _right("host/node"),
         _right("step"),
@@ -236,9 +234,7 @@ def _asked_table(plans: Sequence[MethodPlan]) -> Table:
     )
     order = sorted(plans, key=lambda plan: _order(plan.asked))
     for plan in order:
-        name = Text(plan.method)
-        if plan.asked_configuration is not None and _words(plan.asked_configuration):
-            name.append(f"\n {_words(plan.asked_configuration)}", style="dim")
+        name = _named(plan.method, plan.asked_configuration)
         point = plan.asked
         if point is None:
             table.add_row(
@@ -272,9 +268,19 @@ def _then(plan: MethodPlan) -> str:
 
 
 def _short(point: Point) -> str:
-    """`device memory: short by 1.2 GiB`."""
-    words = (point.reason or "").partition(":")
-    return f"{words[0]} {words[2].rpartition(', ')[2]}" if words[1] else words[0]
+    """`device memory: 1.2 GiB short`."""
+    what, _, rest = (point.reason or "").partition(": ")
+    missing = rest.rpartition("short by ")[2]
+    return f"{what}: {missing} short" if missing else what
+
+
+def _named(method: str, configuration: Configuration | None) -> Text:
+    """A method, and under it what differs from its defaults, one a line so that a narrow window holds it."""
+    name = Text(method)
+    for part in _words(configuration).split(", ") if configuration is not None else ():
+        if part:
+            name.append(f"\n {part}", style="dim")
+    return name
 
 
 def _words(configuration: Configuration) -> str:
@@ -304,14 +310,15 @@ def _print_recommendation(console: Console, found: ContextPlan, files: _Files) -
         console.print(Text(_nothing(found), style="bold"))
         return
     point, q = choice.point, found.question
-    left = found.device_memory_bytes - point.device_needed_bytes
     options = _words(choice.configuration)
+    what = f"{choice.configuration.method} with {options}" if options else choice.configuration.method
     why = "the fastest that fits" if q.seq_len is not None else "the longest context"
+    device = format_bytes(found.device_memory_bytes - point.device_needed_bytes)
+    host = format_bytes(q.host_memory_bytes - point.host_needed_bytes)
     console.print(
         Text(
-            f"recommended for {format_length(point.seq_len)} on {choice.world_size} ranks: "
-            f"{choice.configuration.method}{f' with {options}' if options else ''} ({why}; {format_bytes(left)} of device memory left, "
-            f"{_host_left(point, q)} of host memory)",
+            f"recommended for {format_length(point.seq_len)} on {choice.world_size} ranks: {what} "
+            f"({why}; {device} of device memory left, {host} of host memory)",
             style="bold",
         )
     )
@@ -333,10 +340,6 @@ def _scenario(found: ContextPlan, choice: Recommendation, files: _Files) -> Path
     path = files.out / "recommended.toml"
     path.write_text(scenario_text(found.question, choice, model=files.model), encoding="utf-8")
     return path
-
-
-def _host_left(point: Point, question: Question) -> str:
-    return format_bytes(question.host_memory_bytes - point.host_needed_bytes)
 
 
 def _nothing(found: ContextPlan) -> str:

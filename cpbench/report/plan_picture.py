@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from cpbench.context_plan import ContextPlan, MethodPlan
 from cpbench.report.palette import MODE_DASH, method_rank, method_style
 from cpbench.report.plots import DASH, INK, MARKER, SOFT, STYLE
+from cpbench.report.quantities import format_tick, log_ticks
 from cpbench.units import GIB, MIB, format_bytes, format_length
 
 if TYPE_CHECKING:
@@ -76,19 +77,25 @@ def _draw_memory(axes: Axes, found: ContextPlan, plans: Sequence[MethodPlan], ra
                 )
     axes.set_ylim(0, limit * 1.25)
     axes.set_ylabel("Needed by a rank (GiB)")
-    axes.set_title(
-        f"Device memory, {ranks} ranks, with the options of the longest context", loc="left", fontsize=11
-    )
+    axes.set_title(f"Device memory needed, {ranks} ranks", loc="left", fontsize=11)
     _length_axis(axes, plans)
     _legend(axes)
 
 
 def _draw_speed(axes: Axes, plans: Sequence[MethodPlan], ranks: int) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
     timed = [plan for plan in plans if all(p.tokens_per_second_per_gpu for p in plan.points)]
     for plan in timed:
         _line(axes, plan, [point.tokens_per_second_per_gpu or 0 for point in plan.points])
-    if timed:
+    rates = [point.tokens_per_second_per_gpu or 0 for plan in timed for point in plan.points]
+    if rates:
+        ticks = log_ticks(min(rates), max(rates))
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_tick(value)))
+        axes.set_ylim(ticks[0], ticks[-1])
     else:
         axes.text(0.5, 0.5, "the profile has no rates", transform=axes.transAxes, ha="center", color=SOFT)
     axes.set_ylabel("Tokens/s of a rank (log scale)")

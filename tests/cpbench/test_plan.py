@@ -1,0 +1,296 @@
+"""`cpbench plan`: the search over made-up estimates, what it recommends, and the command it gives."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import threading
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cpbench.case import Case
+from cpbench.cli import app
+from cpbench.context_plan import ContextPlan, MethodPlan, Question
+from cpbench.errors import UsageError
+from cpbench.estimator import Estimate, Estimator
+from cpbench.hardware import load_hardware
+from cpbench.model_config import load_model
+from cpbench.plan import STEP, plan_context
+from cpbench.planned_run import scenario_text, sweep_command, torchrun_line
+from cpbench.record import Record
+from cpbench.report.plan_picture import write_plan_picture
+from cpbench.scenario import parse_scenario
+from cpbench.units import GIB, MIB
+
+H100 = load_hardware("h100-80g")
+NAME, LLAMA = load_model("llama3-8b")
+
+
+class MadeUp:
+    """Estimates by formula: bytes and seconds of a token of each method."""
+
+    def __init__(self, **tokens: tuple[float, float, float]) -> None:
+        self.size = 2
+        self.tokens = tokens
+        self.asked: list[Case] = []
+        self._lock = threading.Lock()
+
+    def estimate(self, case: Case) -> Estimate:
+        """Return a record with the needs of a case; a method without numbers cannot run."""
+        with self._lock:
+            self.asked.append(case)
+        if case.method not in self.tokens:
+            return Estimate(case=case, reason=f"{case.method} needs a miracle")
+        if case.options:
+            return Estimate(case=case, reason="no options here")
+        device, host, seconds = self.tokens[case.method]
+        fixed = 8 * GIB if case.stack.optimizer_offload else 16 * GIB
+        if case.stack.save_attention:
+            host, seconds = 2 * host, seconds * 0.8
+        tokens = case.seq_len / case.world_size * 8
+        record = Record.without_result(case, "ok", "", FACTS).model_copy(
+            update={
+                "reason": None,
+                "peak_allocated_bytes": round(fixed + device * tokens),
+                "host_pinned_peak_bytes": round(host * tokens / 8),
+                "step_seconds": seconds * tokens,
+                "tokens_per_second_per_gpu": 1 / seconds / 8,
+            }
+        )
+        return Estimate(case=case, record=record)
+
+
+FACTS = {
+    "machine": None,
+    "cpbench_version": "0",
+    "git_commit": None,
+    "method_source_hash": None,
+    "started": "",
+    "duration_seconds": 0.0,
+}
+
+
+def planned(
+    estimates: MadeUp, *, worlds: tuple[int, ...] = (8,), seq_len: int | None = None, methods: str = ""
+) -> ContextPlan:
+    question = Question(
+        methods=tuple((methods or " ".join(estimates.tokens)).split()),
+        model=NAME,
+        architecture=LLAMA,
+        worlds=worlds,
+        hardware="h100-80g",
+        host_memory_bytes=2**41,
+        seq_len=seq_len,
+    )
+    return plan_context(question, H100, estimates)
+
+
+def only(found: ContextPlan) -> MethodPlan:
+    (plan,) = found.methods
+    return plan
+
+
+def test_device_memory_ends_it_and_the_optimizer_makes_room() -> None:
+    """The neighbour was estimated and does not fit; without the optimizer's states it goes further, and says so."""
+    estimates = MadeUp(ulysses=(12_000, 1000, 1e-4))
+    plan = only(planned(estimates))
+
+    assert plan.ended_by == "device memory"
+    assert plan.configuration.stack == {"optimizer_offload": True}
+    assert plan.longest is not None
+    assert plan.too_long is not None
+    assert plan.too_long.seq_len == plan.longest.seq_len + STEP
+    assert plan.longest.status == "ok"
+    assert "short by" in (plan.reason or "")
+    room = H100.device_memory_bytes - H100.context_bytes - H100.communicator_bytes
+    assert plan.longest.seq_len == int((room / 1.03 - 8 * GIB) / 12_000) // STEP * STEP
+    assert len(estimates.asked) <= 9
+    assert len({(c.seq_len, c.stack) for c in estimates.asked}) == len(estimates.asked)
+
+
+def test_host_memory_ends_it() -> None:
+    """The optimizer's states would only need more of what is short."""
+    plan = only(planned(MadeUp(upipe=(3000, 300_000, 1e-4))))
+
+    assert plan.ended_by == "host memory"
+    assert plan.configuration.stack == {}
+    assert plan.longest is not None
+    assert plan.longest.seq_len == int(2**41 / 300_000) // STEP * STEP
+
+
+def test_a_method_that_cannot_run_and_one_that_never_fits() -> None:
+    """Each is a row with its reason, and the others are not touched."""
+    estimates = MadeUp(ring=(1e9, 1, 1e-4), ulysses=(9000, 1000, 1e-4))
+    found = planned(estimates, methods="single ring ulysses")
+
+    single, ring, ulysses = found.methods
+    assert (single.ended_by, single.reason) == ("cannot run", "single needs a miracle")
+    assert ring.longest is None
+    assert ring.ended_by == "device memory"
+    assert ulysses.longest is not None
+    assert found.recommended is not None
+    assert found.recommended.configuration.method == "ulysses"
+
+
+def test_the_limit_of_the_search_is_said() -> None:
+    """What needs next to nothing ends at the limit."""
+    plan = only(planned(MadeUp(upipe=(1, 1, 1e-4))))
+
+    assert plan.ended_by == "limit of the search"
+    assert plan.too_long is None
+    assert plan.longest is not None
+    assert plan.longest.seq_len == 64 * MIB
+
+
+def test_the_fastest_that_fits_is_recommended() -> None:
+    """Saving attention is tried where host memory allows it; what is as fast within the uncertainty is named."""
+    estimates = MadeUp(ring=(9000, 1000, 1e-5), ulysses=(5000, 1000, 3e-5), upipe=(4000, 1000, 1e-4))
+    found = planned(estimates, seq_len=8 * MIB)
+
+    assert found.recommended is not None
+    assert found.recommended.configuration.method == "ulysses"
+    assert found.recommended.configuration.stack["save_attention"] == "auto"
+    asked = {plan.method: plan.asked for plan in found.methods}
+    assert asked["ring"] is not None
+    assert asked["ring"].status == "oom_device"
+    assert asked["upipe"] is not None
+    assert asked["upipe"].status == "ok"
+
+
+def test_nothing_is_recommended_when_nothing_fits() -> None:
+    """The length asked is too long for all."""
+    found = planned(MadeUp(ring=(9000, 1000, 1e-5)), seq_len=32 * MIB)
+
+    assert found.recommended is None
+    plan = only(found)
+    assert plan.asked is not None
+    assert plan.asked.status == "oom_device"
+    assert plan.longest is not None
+
+
+def test_more_ranks_reach_further() -> None:
+    """Nodes are filled, and the step of lengths is one that the ranks can share."""
+    found = planned(MadeUp(ulysses=(9000, 1000, 1e-4)), worlds=(6, 8, 16))
+
+    lengths = [plan.longest.seq_len if plan.longest else 0 for plan in found.methods]
+    assert lengths == sorted(lengths)
+    assert found.step_tokens == {6: 3 * STEP, 8: STEP, 16: STEP}
+    assert [plan.nodes for plan in found.methods] == [1, 1, 2]
+    assert all(
+        length % found.step_tokens[plan.world_size] == 0
+        for plan, length in zip(found.methods, lengths, strict=True)
+    )
+
+
+def test_nodes_filled_in_part_are_refused() -> None:
+    """Nine GPUs are no number of nodes of eight."""
+    with pytest.raises(UsageError, match="multiple of 8"):
+        planned(MadeUp(ulysses=(9000, 1000, 1e-4)), worlds=(9,))
+
+
+@pytest.mark.parametrize("seq_len", [None, 2 * MIB])
+@pytest.mark.parametrize("worlds", [(8,), (8, 32)])
+def test_the_command_means_the_recommended_case(
+    tmp_path: Path, seq_len: int | None, worlds: tuple[int, ...]
+) -> None:
+    """The scenario parses to the very case, and the flags name it; torchrun starts a node's share."""
+    found = planned(MadeUp(ulysses=(9000, 1000, 1e-4)), worlds=worlds, seq_len=seq_len)
+    choice = found.recommended
+    assert choice is not None
+
+    scenario = parse_scenario(scenario_text(found.question, choice, model="llama3-8b"), name="it")
+    (case,) = scenario.expand(mode="measure", device="cuda")
+    words = sweep_command(found.question, choice, model="llama3-8b")
+
+    assert (case.method, case.seq_len, case.world_size) == (
+        "ulysses",
+        choice.point.seq_len,
+        choice.world_size,
+    )
+    assert case.nodes == choice.nodes
+    changed = {k: v for k, v in case.stack.model_dump().items() if k in choice.configuration.stack}
+    assert changed == choice.configuration.stack
+    assert words[words.index("--method") + 1] == "ulysses"
+    assert ("--nodes" in words) == (choice.nodes > 1)
+    line = shlex.split(torchrun_line(choice))
+    assert int(line[line.index("--nproc-per-node") + 1]) * choice.nodes == choice.world_size
+
+
+@pytest.mark.parametrize("worlds", [(8,), (8, 16, 32)])
+def test_a_picture_is_drawn(tmp_path: Path, worlds: tuple[int, ...]) -> None:
+    """Of every number of ranks, also where a method reaches nothing."""
+    found = planned(MadeUp(ring=(1e9, 1, 1e-4), ulysses=(9000, 1000, 1e-4)), worlds=worlds)
+
+    picture = write_plan_picture(found, tmp_path / "plan.png")
+
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "ulises"], "ulysses"),
+        (["--hardware", "h100"], "h100-80g"),
+        (["--world", "0"], "whole number from 1 up"),
+        (["--world", "12"], "multiple of 8"),
+        (["--host-ram", "much"], "2T"),
+        (["--seqlen", "-1"], "length"),
+        (["--dtype", "float8"], "bfloat16"),
+        (["--model", "llama3-9b"], "llama3-8b"),
+    ],
+)
+def test_bad_input_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    """A message that says what is allowed, exit code 2, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+
+    result = CliRunner().invoke(app, ["plan", *arguments])
+
+    assert result.exit_code == 2
+    assert words in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_estimating_process_that_dies_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that ends the process fails alone; the next case is estimated."""
+    name, architecture = load_model("tiny")
+    case = Case(
+        method="ulysses", model=name, architecture=architecture, seq_len=4096, world_size=2, device="cuda",
+        hardware="h100-80g",
+    )  # fmt: skip
+    plugin = Path(__file__).parent / "workers" / "deadly.py"
+    with Estimator([plugin], processes=1) as estimator:
+        died = estimator.estimate(case.model_copy(update={"method": "deadly"}))
+        refused = estimator.estimate(case.model_copy(update={"world_size": 3}))
+        fine = estimator.estimate(case)
+
+    assert died.failed
+    assert "ended with code 3" in (died.reason or "")
+    assert "deadly was here" in (died.reason or "")
+    assert "not divisible" in (refused.reason or "")
+    assert not refused.failed
+    assert fine.record is not None
+    assert fine.record.peak_allocated_bytes
+
+
+@pytest.mark.slow
+def test_a_plan_of_a_small_model_by_the_command(tmp_path: Path) -> None:
+    """Real estimates: table, files, and JSON that says the same."""
+    arguments = ["plan", "--model", "llama3.2-1b", "--method", "ulysses,single", "--hardware", "rtx-4090"]
+    out = tmp_path / "out"
+
+    result = CliRunner().invoke(app, [*arguments, "--world", "4", "--seqlen", "128K", "--out", str(out)])
+
+    assert result.exit_code == 0, result.output
+    for words in ("estimated", "ulysses", "recommended for 128K on 4 ranks", "cpbench sweep", "torchrun"):
+        assert words in result.output
+    found = ContextPlan.model_validate(json.loads((out / "plan.json").read_text()))
+    ulysses = next(plan for plan in found.methods if plan.method == "ulysses")
+    single = next(plan for plan in found.methods if plan.method == "single")
+    assert ulysses.longest is not None
+    assert ulysses.ended_by in ("device memory", "host memory")
+    assert single.ended_by == "cannot run"
+    assert (out / "plan.png").is_file()
