@@ -279,18 +279,18 @@ def test_an_estimating_process_that_dies_is_said_and_replaced(monkeypatch: pytes
 @pytest.mark.slow
 def test_a_plan_of_a_small_model_by_the_command(tmp_path: Path) -> None:
     """Real estimates: table, files, and JSON that says the same."""
-    arguments = ["plan", "--model", "llama3.2-1b", "--method", "ulysses,single", "--hardware", "rtx-4090"]
+    arguments = ["plan", "--model", "tiny", "--method", "ulysses,single", "--world", "2", "--host-ram", "2G"]
     out = tmp_path / "out"
 
-    result = CliRunner().invoke(app, [*arguments, "--world", "4", "--seqlen", "128K", "--out", str(out)])
+    result = CliRunner().invoke(app, [*arguments, "--seqlen", "128K", "--out", str(out)])
 
     assert result.exit_code == 0, result.output
-    for words in ("estimated", "ulysses", "recommended for 128K on 4 ranks", "cpbench sweep", "torchrun"):
+    for words in ("estimated", "ulysses", "recommended for 128K on 2 ranks", "cpbench sweep", "torchrun"):
         assert words in result.output
     found = ContextPlan.model_validate(json.loads((out / "plan.json").read_text()))
     ulysses = next(plan for plan in found.methods if plan.method == "ulysses")
     single = next(plan for plan in found.methods if plan.method == "single")
     assert ulysses.longest is not None
-    assert ulysses.ended_by in ("device memory", "host memory")
+    assert ulysses.ended_by == "host memory"
     assert single.ended_by == "cannot run"
     assert (out / "plan.png").is_file()
