@@ -116,7 +116,7 @@ def launch(job: Job, *, should_stop: Callable[[], bool], on_wait: Callable[[], N
         on_wait: called as often, for a display.
     """
     with refusing_bad_disk(job.scratch):
-        job_file = _prepare(job)
+        job_file = prepare(job)
     command = [sys.executable, "-m", "cpbench.supervise", *job_command(job), str(job_file)]
     start = time.monotonic()
     with job.launcher_log.open("wb") as log:
@@ -136,7 +136,7 @@ def launch(job: Job, *, should_stop: Callable[[], bool], on_wait: Callable[[], N
                 interrupted = should_stop()
                 on_wait()
         finally:
-            code = _end(process)
+            code = end_supervised(process)
     return Exit(
         code=code,
         timed_out=timed_out and code != 0,
@@ -207,8 +207,8 @@ def _environment(job: Job) -> dict[str, str]:
     return child_environment(job.case.device, None, single_node=single) | alone
 
 
-def _prepare(job: Job) -> Path:
-    """Make the folders, without what an earlier attempt left, and write job.json."""
+def prepare(job: Job) -> Path:
+    """Make a job's folders, without what an earlier attempt left, write job.json and return its path."""
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     job.log_dir.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def _sleep(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=_POLL_SECONDS)
 
 
-def _end(process: subprocess.Popen[bytes]) -> int:
+def end_supervised(process: subprocess.Popen[bytes]) -> int:
     """Cut the lifeline and wait; should the supervisor not manage, kill what can still be seen."""
     assert process.stdin is not None
     process.stdin.close()

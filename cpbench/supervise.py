@@ -38,6 +38,7 @@ def main(command: list[str]) -> int:
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
+        close_fds=False,  # what this process was given on purpose is for the command
         # Should this process be killed itself, torchrun hears of it and ends its workers.
         preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 - single-threaded here
     )

@@ -63,6 +63,11 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
     Raises:
         Unsupported: the attention backend's inner memory is not known.
     """
+    with _uncollected():
+        return _estimated(case, method, rank)
+
+
+def _estimated(case: Case, method: Method, rank: int) -> WorkerReport:
     traced = traced_step(case, method, rank=rank)
     numbers = analyse(Timeline(traced.trace.events), step=STEP)
     operations = [operation for _, operation in traced.trace.operations]

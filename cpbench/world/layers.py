@@ -147,6 +147,7 @@ class _Repetition:
         self._depth = depth
         self._templates = depth.templates()
         self._middles = depth.middles()
+        self._sizes = depth.shallow, depth.deep  # looked at for every reference
         self._places = _places(passes)
         self._deep: dict[tuple[int, Owner], list[Allocation | Operation]] = {}
         self._compared: set[tuple[int, Owner]] = set()
@@ -229,7 +230,7 @@ class _Repetition:
         """The deep layer that stands to `layer` as the shallow `there` stands to `template`."""
         if there is None:
             return None
-        few, many = self._depth.shallow, self._depth.deep
+        few, many = self._sizes
         if template is not None and layer is not None and abs(there - template) <= _NEAR:
             target = layer + there - template
             shown = self._templates[target] if 0 <= target < many else -1
