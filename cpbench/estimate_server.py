@@ -74,7 +74,9 @@ class Server:
                 self._channel.close()
                 become(request["module"], request["job"], request["log"])
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.setpgid(pid, pid)  # the child does so too: whoever comes first, it can be killed from now on
+                os.setpgid(
+                    pid, pid
+                )  # the child does so too: whoever comes first, it can be killed from now on
         self._children[pid] = request["id"]
 
     def _reap(self) -> None:

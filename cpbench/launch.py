@@ -28,7 +28,8 @@ from cpbench.record import write_text_atomically
 from cpbench.supervise import GRACE_SECONDS
 
 WORKER = ("-m", "cpbench.worker")
-_POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1
+"""Between two looks at what runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,7 +229,7 @@ def prepare(job: Job) -> Path:
 
 def _sleep(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_POLL_SECONDS)
+        process.wait(timeout=POLL_SECONDS)
 
 
 def end_supervised(process: subprocess.Popen[bytes]) -> int:

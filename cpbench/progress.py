@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
@@ -35,8 +36,8 @@ class Display(Protocol):
     def started(self, case: Case) -> None:
         """A case's processes are about to be started."""
 
-    def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
-        """The running case is still running; called about ten times a second."""
+    def waiting(self, case: Case, progress: Progress | None, elapsed_seconds: float) -> None:
+        """A running case is still running; called about ten times a second."""
 
     def finished(self, record: Record, *, kept: bool = False) -> None:
         """A case has its record; `kept` if an earlier sweep made it."""
@@ -84,7 +85,7 @@ class PlainDisplay:
         """Print the case."""
         self.note(f"[{self._position[case.case_id]}/{self._total}] {case.title}  started")
 
-    def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
+    def waiting(self, case: Case, progress: Progress | None, elapsed_seconds: float) -> None:
         """Print nothing: a log needs no animation."""
 
     def finished(self, record: Record, *, kept: bool = False) -> None:
@@ -107,6 +108,31 @@ def one_line(record: Record, *, kept: bool = False) -> str:
     return "  ".join(parts)
 
 
+_MOST_RUNNING = 4
+"""Lines that running cases may take."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """A case that runs now."""
+
+    case: Case
+    since: float
+    """By the monotonic clock."""
+    progress: Progress | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since its start."""
+        return time.monotonic() - self.since
+
+    def line(self) -> str:
+        """The case, what it does, and for how long."""
+        told = self.progress
+        phase = "starting processes" if told is None else f"{told.phase} {told.done}/{told.total}"
+        return f"{self.case.title}  {phase}  {format_seconds(max(1.0, round(self.seconds)))}"
+
+
 class LiveDisplay:
     """A table of the cases, what runs now, and how long it may still take."""
 
@@ -115,9 +141,7 @@ class LiveDisplay:
         self._plan = plan
         self._records: dict[str, Record] = {}
         self._kept: set[str] = set()
-        self._running: Case | None = None
-        self._progress: Progress | None = None
-        self._since = 0.0
+        self._running: dict[str, _Running] = {}
         self._columns = case_columns([item.case for item in plan.cases])
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
@@ -137,15 +161,15 @@ class LiveDisplay:
 
     def started(self, case: Case) -> None:
         """Mark the case as running."""
-        self._running, self._progress, self._since = case, None, time.monotonic()
+        self._running[case.case_id] = _Running(case, time.monotonic())
 
-    def waiting(self, progress: Progress | None, elapsed_seconds: float) -> None:
+    def waiting(self, case: Case, progress: Progress | None, elapsed_seconds: float) -> None:
         """Remember the progress for the next refresh."""
-        self._progress = progress
+        self._running[case.case_id].progress = progress
 
     def finished(self, record: Record, *, kept: bool = False) -> None:
         """Put the record into the table."""
-        self._running = None
+        self._running.pop(record.case_id, None)
         self._records[record.case_id] = record
         if kept:
             self._kept.add(record.case_id)
@@ -164,7 +188,8 @@ class LiveDisplay:
         hidden = len(self._plan.cases) - (last - first)
         if hidden:
             lines.append(Text(f"... {hidden} more not shown", style="dim"))
-        return Group(*lines, Text(self._now(), overflow="ellipsis", no_wrap=True), Text(self._summary()))
+        lines += [Text(line, overflow="ellipsis", no_wrap=True) for line in self._now()]
+        return Group(*lines, Text(self._summary()))
 
     def _row(self, case: Case, unsupported: bool) -> Sequence[RenderableType]:
         cells = [Text(cell) for cell in case_cells(case, self._columns)]
@@ -172,7 +197,7 @@ class LiveDisplay:
         if record is not None:
             status = Text(record.status, style=STATUS_STYLE[record.status])
             return [*cells, status, *(Text(cell) for cell in record_cells(record))]
-        if self._running is not None and case.case_id == self._running.case_id:
+        if case.case_id in self._running:
             return [*cells, Text("running", style="bold cyan"), Text(""), Text(""), Text("")]
         waiting = Text("unsupported" if unsupported else "waiting", style="dim")
         return [*cells, waiting, Text(""), Text(""), Text("")]
@@ -180,20 +205,20 @@ class LiveDisplay:
     def _window(self) -> tuple[int, int]:
         """The slice of cases that fits the terminal, with the next case to end in it."""
         total = len(self._plan.cases)
-        room = max(3, self._console.size.height - 6)
+        room = max(3, self._console.size.height - 5 - len(self._now()))
         if total <= room:
             return 0, total
         first = min(max(0, len(self._records) - room // 2), total - room)
         return first, first + room
 
-    def _now(self) -> str:
-        if self._running is None:
-            return "now: preparing the next case"
-        phase = "starting processes"
-        if self._progress is not None:
-            phase = f"{self._progress.phase} {self._progress.done}/{self._progress.total}"
-        elapsed = format_seconds(max(1.0, round(time.monotonic() - self._since)))
-        return f"now: {self._running.title}  {phase}  {elapsed}"
+    def _now(self) -> list[str]:
+        """A line for each running case, as far as there is room."""
+        if not self._running:
+            return ["now: preparing the next case"]
+        running = list(self._running.values())
+        lines = [f"now: {one.line()}" for one in running[:_MOST_RUNNING]]
+        more = len(running) - len(lines)
+        return [*lines, f"     and {more} more"] if more else lines
 
     def _summary(self) -> str:
         done, total = len(self._records), len(self._plan.cases)
@@ -207,7 +232,7 @@ class LiveDisplay:
         return ", ".join(words)
 
     def _remaining_seconds(self) -> float | None:
-        """The mean duration of the cases launched so far, times the cases to come."""
+        """The mean duration of the cases launched so far, times the cases to come, as many at a time as now."""
         took = [
             record.duration_seconds
             for case_id, record in self._records.items()
@@ -220,6 +245,7 @@ class LiveDisplay:
             for item in self._plan.cases
             if not item.unsupported and item.case.case_id not in self._records
         ]
-        elapsed = time.monotonic() - self._since if self._running is not None else 0.0
         mean = sum(took) / len(took)
-        return max(1.0, round(len(todo) * mean - min(elapsed, mean))) if todo else None
+        spent = sum(min(one.seconds, mean) for one in self._running.values())
+        at_a_time = max(1, len(self._running))
+        return max(1.0, round((len(todo) * mean - spent) / at_a_time)) if todo else None

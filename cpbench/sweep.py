@@ -1,4 +1,4 @@
-"""Runs the cases of a plan one after another and keeps a record of each, whatever comes in between.
+"""Runs the cases of a plan one after another, estimates several at a time, and keeps a record of each.
 
 A failed case is a record and the sweep goes on.  An interrupt ends the running case's processes, keeps every
 finished record and leaves a run that `--resume` continues.
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cpbench
 from cpbench.errors import RunFolderError, UsageError
+from cpbench.estimate_pool import EstimatePool, suits
 from cpbench.expand import Plan, ResolvedCase
 from cpbench.interrupt import Interrupt
-from cpbench.launch import ONE_NODE, WORKER, Exit, Job, Nodes, launch, read_progress
+from cpbench.launch import ONE_NODE, POLL_SECONDS, WORKER, Exit, Job, Nodes, launch, read_progress
 from cpbench.machine import Machine, this_machine
-from cpbench.outcome import explain, host_oom_kills
+from cpbench.outcome import Outcome, explain, host_oom_kills
 from cpbench.progress import Display
 from cpbench.provenance import git_commit, versions
 from cpbench.record import INCOMPLETE, Record, Status
@@ -79,12 +80,9 @@ class Sweep:
                 with self.display:
                     for problem in problems:
                         self.display.note(problem)
-                    for item in self.plan.cases:
-                        record = kept.get(item.case.case_id) or self._one(item, facts, interrupt)
-                        if record is None:
-                            break
+                    for record in self._records(kept, facts, interrupt):
                         records.append(record)
-                        self.display.finished(record, kept=item.case.case_id in kept)
+                        self.display.finished(record, kept=record.case_id in kept)
             except RunFolderError:
                 raise
             except BaseException:
@@ -94,30 +92,83 @@ class Sweep:
             self._finish(info, exit_code=result.exit_code)
             return result
 
+    def _records(
+        self, kept: dict[str, Record], facts: dict[str, Any], interrupt: Interrupt
+    ) -> Iterator[Record]:
+        """Yield each case's record as it comes to be; those of earlier sweeps too."""
+        todo: list[ResolvedCase] = []
+        pooled = self._pooled(kept)
+        for item in self.plan.cases:
+            if interrupt.came:
+                return
+            record = kept.get(item.case.case_id)
+            if record is None and item.unsupported:
+                record = self._written(
+                    item, Outcome(status="unsupported", reason=item.unsupported), facts, 0.0
+                )
+            if record is not None:
+                yield record
+            elif pooled:
+                todo.append(item)
+            elif (record := self._one(item, facts, interrupt)) is not None:
+                yield record
+        if todo:
+            yield from self._together(todo, facts, interrupt)
+
+    def _pooled(self, kept: dict[str, Record]) -> bool:
+        """Whether a pool pays: it takes longer to be ready than a single process."""
+        todo = [
+            item
+            for item in self.plan.cases
+            if not item.unsupported and item.case.case_id not in kept and suits(self._job(item))
+        ]
+        return len(todo) > 1
+
     def _one(self, item: ResolvedCase, facts: dict[str, Any], interrupt: Interrupt) -> Record | None:
         """Run one case and write its record; None when an interrupt came first."""
-        if interrupt.came:
-            return None
-        facts = facts | {
-            "started": now(),
-            "method_source_hash": item.method_source_hash,
-            "duration_seconds": 0.0,
-        }
-        if item.unsupported:
-            record = Record.without_result(item.case, "unsupported", item.unsupported, facts)
+        facts = facts | {"started": now()}
+        job = self._job(item)
+        kills = host_oom_kills()
+        exit = self._launch(job, interrupt)
+        return None if exit.interrupted else self._concluded(item, job, exit, facts, kills)
+
+    def _together(
+        self, items: Sequence[ResolvedCase], facts: dict[str, Any], interrupt: Interrupt
+    ) -> Iterator[Record]:
+        """Run estimates, several at a time, and yield their records as they end."""
+        waiting = list(reversed(items))
+        running: dict[str, tuple[ResolvedCase, str, int]] = {}
+        with EstimatePool() as pool:
+            while (waiting or running) and not interrupt.came:
+                while waiting and pool.free:
+                    item = waiting.pop()
+                    running[item.case.case_id] = (item, now(), host_oom_kills())
+                    self.display.started(item.case)
+                    pool.start(self._job(item))
+                for job, exit in pool.wait(POLL_SECONDS):
+                    item, started, kills = running.pop(job.case.case_id)
+                    yield self._concluded(item, job, exit, facts | {"started": started}, kills)
+                for job, seconds in pool.jobs:
+                    self.display.waiting(job.case, read_progress(job), seconds)
+
+    def _concluded(
+        self, item: ResolvedCase, job: Job, exit: Exit, facts: dict[str, Any], kills: int
+    ) -> Record:
+        """Write and return the record of a case that has ended; `kills` by the kernel were there before."""
+        outcome = explain(job, exit, oom_kills=host_oom_kills() - kills)
+        record = self._written(item, outcome, facts, exit.duration_seconds)
+        job.clean()
+        return record
+
+    def _written(
+        self, item: ResolvedCase, outcome: Outcome, facts: dict[str, Any], duration_seconds: float
+    ) -> Record:
+        facts = {"started": now()} | facts
+        facts |= {"method_source_hash": item.method_source_hash, "duration_seconds": duration_seconds}
+        if outcome.report is not None:
+            record = Record.from_ranks(item.case, outcome.report, facts)
         else:
-            job = self._job(item)
-            kills = host_oom_kills()
-            exit = self._launch(job, interrupt)
-            if exit.interrupted:
-                return None
-            outcome = explain(job, exit, oom_kills=host_oom_kills() - kills)
-            facts["duration_seconds"] = exit.duration_seconds
-            if outcome.report is not None:
-                record = Record.from_ranks(item.case, outcome.report, facts)
-            else:
-                record = Record.without_result(item.case, outcome.status, outcome.reason or "", facts)
-            job.clean()
+            record = Record.without_result(item.case, outcome.status, outcome.reason or "", facts)
         self.folder.write(record)
         return record
 
@@ -144,7 +195,7 @@ class Sweep:
         return launch(
             job,
             should_stop=lambda: interrupt.came,
-            on_wait=lambda: self.display.waiting(read_progress(job), time.monotonic() - start),
+            on_wait=lambda: self.display.waiting(job.case, read_progress(job), time.monotonic() - start),
         )
 
     def _job(self, item: ResolvedCase) -> Job:
@@ -160,6 +211,8 @@ class Sweep:
         )
 
     def _result(self, records: list[Record], interrupt: Interrupt) -> SweepResult:
+        order = {item.case.case_id: place for place, item in enumerate(self.plan.cases)}
+        records = sorted(records, key=lambda record: order[record.case_id])
         remaining = len(self.plan.cases) - len(records)
         code = INCOMPLETE_EXIT if any(record.status in INCOMPLETE for record in records) else 0
         if interrupt.number is not None and remaining:

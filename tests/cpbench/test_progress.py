@@ -63,7 +63,7 @@ def test_live_table_fits_the_terminal(width: int) -> None:
     display = LiveDisplay(plan, console)
     display.finished(ok(plan.cases[0].case))
     display.started(plan.cases[1].case)
-    display.waiting(Progress(phase="step", done=2, total=5), 3.0)
+    display.waiting(plan.cases[1].case, Progress(phase="step", done=2, total=5), 3.0)
     console.print(display._render())
     output = text_of(console)
     for phrase in (
