@@ -31,7 +31,8 @@ CASE_BYTES = GIB
 _SERVER = "cpbench.estimate_server"
 _LOST = 255
 """Exit code of a case whose server died under it."""
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+# OMP_NUM_THREADS stays the user's: what a rank of a CPU case allocates depends on it.
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
 def room() -> int:
@@ -120,7 +121,7 @@ class EstimatePool:
         self._running[self._count] = _Running(job, self._count, time.monotonic())
         request = {"module": job.worker[1], "job": str(job_file), "log": str(job.launcher_log)}
         self.warm()
-        self._send({"id": self._count} | request)
+        self._send({"id": self._count, **request})
 
     def wait(self, seconds: float) -> list[tuple[Job, Exit]]:
         """Return the jobs that have ended, after at most so many seconds; those over their time are ended."""

@@ -127,12 +127,15 @@ def warm() -> None:
 
     Its failure is no one's problem: the same would happen to a case, which then says so.
     """
+    import torch
+
     from cpbench import registry
     from cpbench.case import Case
     from cpbench.model_config import PRESETS
     from cpbench.resolve import resolve
     from cpbench.world.estimate import estimate_case
 
+    torch.set_num_threads(1)  # none is started then
     importlib.import_module("cpbench.world.run")  # what a worker imports
     case = Case(
         method="ulysses",
