@@ -67,11 +67,11 @@ def _draw_memory(axes: Axes, found: ContextPlan, plans: Sequence[MethodPlan], ra
                 and plan.ended_by == "host memory"
             ):
                 axes.annotate(
-                    "host memory ends",
+                    "host full",
                     (end.seq_len, end.device_needed_bytes / GIB),
-                    xytext=(0, 8),
+                    xytext=(8, 0),
                     textcoords="offset points",
-                    ha="right",
+                    va="center",
                     fontsize=8.5,
                     color=SOFT,
                 )
@@ -103,7 +103,7 @@ def _draw_speed(axes: Axes, plans: Sequence[MethodPlan], ranks: int) -> None:
     uncertainty = next((p.uncertainty for p in points if p.uncertainty), None)
     words = f", to {uncertainty:.0%}" if uncertainty else ""
     axes.set_title(f"Modelled throughput, {ranks} ranks{words}", loc="left", fontsize=11)
-    _length_axis(axes, plans)
+    _length_axis(axes, plans, log=True)  # a step grows with the square of the length: almost straight lines
     if timed:
         _legend(axes)
 
@@ -155,9 +155,7 @@ def _line(axes: Axes, plan: MethodPlan, values: Sequence[float]) -> None:
     )
 
 
-def _length_axis(axes: Axes, plans: Sequence[MethodPlan]) -> None:
-    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
-
+def _length_axis(axes: Axes, plans: Sequence[MethodPlan], *, log: bool = False) -> None:
     lengths = sorted({point.seq_len for plan in plans for point in plan.points})
     if not lengths:
         return
@@ -166,11 +164,17 @@ def _length_axis(axes: Axes, plans: Sequence[MethodPlan]) -> None:
         s for s in (MIB // 4, MIB // 2, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB) if longest / s <= 12
     )
     ticks = list(range(step, longest + step, step))
-    axes.set_xlim(0, longest * 1.06)
+    axes.set_xlim(0, longest * 1.12)
+    _ticks(axes, ticks, "Sequence length (tokens)")
+
+
+def _ticks(axes: Axes, ticks: Sequence[int], label: str) -> None:
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
     axes.xaxis.set_major_locator(FixedLocator([float(tick) for tick in ticks]))
     axes.xaxis.set_major_formatter(FixedFormatter([format_length(tick) for tick in ticks]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("Sequence length (tokens)")
+    axes.set_xlabel(label)
 
 
 def _legend(axes: Axes) -> None:
