@@ -159,13 +159,20 @@ def _length_axis(axes: Axes, plans: Sequence[MethodPlan], *, log: bool = False) 
     lengths = sorted({point.seq_len for plan in plans for point in plan.points})
     if not lengths:
         return
-    longest = lengths[-1]
-    step = next(
-        s for s in (MIB // 4, MIB // 2, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB) if longest / s <= 12
-    )
-    ticks = list(range(step, longest + step, step))
+    shortest, longest = lengths[0], lengths[-1]
+    if log:
+        powers = [2**exponent for exponent in range(longest.bit_length() + 1)]
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(shortest / 1.15, longest * 1.15)
+        _ticks(
+            axes,
+            [n for n in powers if shortest <= n <= longest * 1.15],
+            "Sequence length (tokens, log scale)",
+        )
+        return
+    step = next(n for n in (MIB * 2**k // 4 for k in range(12)) if longest / n <= 12)
     axes.set_xlim(0, longest * 1.12)
-    _ticks(axes, ticks, "Sequence length (tokens)")
+    _ticks(axes, list(range(step, longest + step, step)), "Sequence length (tokens)")
 
 
 def _ticks(axes: Axes, ticks: Sequence[int], label: str) -> None:
