@@ -26,12 +26,12 @@ from cpbench.context_plan import (
     MethodPlan,
     Point,
     Question,
-    Recommendation,
     StackChange,
 )
 from cpbench.errors import UsageError
 from cpbench.estimator import Estimate
 from cpbench.hardware import Hardware, fit
+from cpbench.recommendation import recommended
 from cpbench.units import MIB, format_length
 
 STEP = 65536
@@ -123,51 +123,6 @@ def nodes_of(world_size: int, hardware: Hardware) -> int:
     return nodes
 
 
-def recommended(plans: Sequence[MethodPlan], *, asked: bool) -> Recommendation | None:
-    """Return the fastest configuration at the length asked for, or the one with the longest context.
-
-    Without a modelled time the leanest counts as the fastest.
-    """
-    if asked:
-        fitting = [
-            (plan, plan.asked, plan.asked_configuration)
-            for plan in plans
-            if plan.asked is not None and plan.asked.status == "ok"
-        ]
-        best = min(fitting, key=lambda item: _speed_order(item[1]), default=None)
-    else:
-        reached = [(plan, plan.longest, plan.configuration) for plan in plans if plan.longest is not None]
-        best = min(reached, key=lambda item: (-item[1].seq_len, *_speed_order(item[1])), default=None)
-        fitting = []
-    if best is None:
-        return None
-    plan, point, configuration = best
-    return Recommendation(
-        configuration=configuration or plan.configuration,
-        world_size=plan.world_size,
-        nodes=plan.nodes,
-        point=point,
-        alike=tuple(
-            dict.fromkeys(
-                other.method
-                for other, its, _ in fitting
-                if other is not plan and other.world_size == plan.world_size and _alike(point, its)
-            )
-        ),
-    )
-
-
-def _speed_order(point: Point) -> tuple[float, int]:
-    rate = point.tokens_per_second_per_gpu
-    return (-rate if rate is not None else math.inf, point.device_needed_bytes)
-
-
-def _alike(best: Point, other: Point) -> bool:
-    if best.step_seconds is None or other.step_seconds is None or best.uncertainty is None:
-        return False
-    return other.step_seconds <= best.step_seconds * (1 + best.uncertainty)
-
-
 class _FailedError(Exception):
     """An estimate failed or the configuration cannot run; the words say why."""
 
@@ -252,31 +207,56 @@ class _Search:
             except _FailedError as error:  # another option set may run
                 problem = problem or error
         if best is not None and self._ends_by_device(best):
-            offloaded = best.configuration.model_copy(update={"stack": {"optimizer_offload": True}})
             with suppress(_FailedError):  # what was found without it still holds
-                best = self._further(offloaded, best)
+                best = self._without_states(best)
         return best, problem
+
+    def _without_states(self, best: _Found) -> _Found:
+        """The search with the optimizer's states in host memory; it starts where their bytes should lead."""
+        configuration = best.configuration.model_copy(update={"stack": {"optimizer_offload": True}})
+        slope, beyond = best.bracket.slope, best.bracket.shortest_too_long
+        if slope is None or slope.device <= 0 or beyond is None:
+            return self._further(configuration, best)
+        states = 8 * self.question.architecture.num_params / self.world
+        room = best.bracket.samples[beyond].device + states
+        found = self._searched(configuration, start=int(beyond + room / slope.device), slope=slope)
+        return found if found.bracket.longest > best.bracket.longest else best
 
     def _further(self, configuration: Configuration, best: _Found | None) -> _Found:
         """The search of a configuration, or what was the best before if it does not go further."""
-        points: dict[int, Point] = {}
+        if best is None:
+            return self._searched(configuration, start=self.world * _FIRST_TOKENS)
+        beyond = best.bracket.shortest_too_long
+        if beyond is None:
+            return best
+        point = self._point(configuration, beyond)
+        if not self._room(point).fits:
+            return best
+        return self._searched(configuration, start=beyond, slope=best.bracket.slope, known=point)
+
+    def _searched(
+        self,
+        configuration: Configuration,
+        *,
+        start: int,
+        slope: Room | None = None,
+        known: Point | None = None,
+    ) -> _Found:
+        points = {} if known is None else {known.seq_len: known}
 
         def room(length: int) -> Room:
             if length not in points:
                 points[length] = self._point(configuration, length)
-            return Room(
-                self.hardware.device_memory_bytes - points[length].device_needed_bytes,
-                self.hardware.host_memory_bytes - points[length].host_needed_bytes,
-            )
+            return self._room(points[length])
 
-        start, slope = self.world * _FIRST_TOKENS, None
-        if best is not None:
-            beyond = best.bracket.shortest_too_long
-            if beyond is None or not room(beyond).fits:
-                return best
-            start, slope = beyond, best.bracket.slope
         bracket = longest_that_fits(room, unit=self.unit, limit=LIMIT, start=start, slope=slope)
         return _Found(configuration, bracket, points)
+
+    def _room(self, point: Point) -> Room:
+        return Room(
+            self.hardware.device_memory_bytes - point.device_needed_bytes,
+            self.hardware.host_memory_bytes - point.host_needed_bytes,
+        )
 
     def _add_short(self, best: _Found) -> None:
         """Where the search began far up, the length at which others began, so that a picture can compare them."""
