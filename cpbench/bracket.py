@@ -66,7 +66,7 @@ def longest_that_fits(
     lower, upper = 0, limit // unit * unit + unit
     guess: float = start
     while upper - lower > unit:
-        length = min(max(int(min(guess, upper) // unit) * unit, lower + unit), upper - unit)
+        length = min(max(int(min(max(guess, 0), upper) // unit) * unit, lower + unit), upper - unit)
         samples[length] = room(length)
         if samples[length].fits:
             lower = length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cpbench.bracket import Room, longest_that_fits
@@ -48,6 +48,7 @@ needs = st.builds(
 )
 
 
+@example(Needs((0.0, 1.0)), 2 * UNIT, (2.2e-309, 0.0))  # a slope so small that the line ends nowhere
 @given(needs, st.integers(1, 600 * UNIT), st.none() | st.tuples(st.floats(-1e3, 1e5), st.floats(0, 1e6)))
 def test_the_answer_is_that_of_trying_all_lengths(
     need: Needs, start: int, slope: tuple[float, float] | None
