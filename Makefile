@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   interpreter for the environment (default: the first one found that is new enough)
 #   VENV=dir            where the environment lives
 #   ARGS="-k ring -x"   more arguments for pytest
-#   WORKERS=1           processes that run tests side by side (default: one a core; most files stay on one of them)
+#   WORKERS=1           processes that run tests side by side (default: one a core; a file stays on one of them)
 
 VENV ?= .venv
 PYTHON ?=
@@ -51,7 +51,7 @@ demo: $(INSTALLED) ## Run the smoke scenario on CPU processes and make its repor
 	exit $$code
 
 test: $(INSTALLED) ## Run every test (browser tests need Chromium, gpu tests a CUDA device; else they are skipped)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fast: $(INSTALLED) ## Run the tests that take no more than seconds
 	$(BIN)/python -m pytest -q -m "not slow and not browser and not gpu" $(ARGS)

@@ -78,10 +78,7 @@ def _cases(world_size: int) -> Iterator[Case]:
                 yield case
 
 
-GROUPS = [pytest.param(n, marks=pytest.mark.xdist_group(f"exactness on {n} ranks")) for n in (2, 4)]
-
-
-@pytest.fixture(scope="module", params=GROUPS)
+@pytest.fixture(scope="module", params=[2, 4])
 def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[Case, list[RankReport]]]:

@@ -71,7 +71,6 @@ def test_every_option_of_a_method_is_verified(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("every_method_passes_on_four_ranks")
 @pytest.mark.timeout(600)
 def test_every_method_passes_on_four_ranks() -> None:
     """Every shape of the matrix, every declared option set, every stack, and two shapes drawn at random.
@@ -96,7 +95,6 @@ def test_every_method_passes_on_four_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("every_method_passes_on_eight_ranks")
 @pytest.mark.timeout(600)
 def test_every_method_passes_on_eight_ranks() -> None:
     """GQA with fewer KV heads than ranks, heads that are no power of two or do not divide over eight ranks."""
@@ -107,7 +105,6 @@ def test_every_method_passes_on_eight_ranks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("every_method_passes_on_few_ranks")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_every_method_passes_on_few_ranks(world_size: int) -> None:
     """One rank, where nothing is exchanged, and two, there with every declared option set at one shape."""
@@ -119,7 +116,6 @@ def test_every_method_passes_on_few_ranks(world_size: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bfloat16_errors_stay_near_the_baseline")
 @pytest.mark.timeout(600)
 def test_bfloat16_errors_stay_near_the_baseline() -> None:
     """No error is more than half above that of ulysses, or of single where ulysses cannot run; both are stated."""
@@ -136,7 +132,6 @@ def test_bfloat16_errors_stay_near_the_baseline() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("planted_faults_are_found")
 @pytest.mark.timeout(600)
 def test_planted_faults_are_found() -> None:
     """Each broken method fails by the checks that its fault must show in, and the healthy ones beside them pass."""
@@ -159,7 +154,6 @@ def test_planted_faults_are_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("a_loss_of_precision_is_found_in_bfloat16")
 def test_a_loss_of_precision_is_found_in_bfloat16() -> None:
     """RoPE's angles in the compute dtype pass in float32 and fail in bfloat16."""
     shapes = tuple(
@@ -173,7 +167,6 @@ def test_a_loss_of_precision_is_found_in_bfloat16() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("a_method_that_dies_or_hangs_is_blamed_alone")
 def test_a_method_that_dies_or_hangs_is_blamed_alone(tmp_path: Path) -> None:
     """A rank that kills itself, or fails while the others wait for it, is named, and the others are still verified."""
     plugins = []
