@@ -142,7 +142,7 @@ def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> 
     communicators = 1 + ((case.ulysses_degree or 1) > 1) + ((case.ring_degree or 1) > 1)
     overhead = hardware.context_bytes + communicators * hardware.communicator_bytes
     device = round(peak_bytes * (1 + MARGIN)) + overhead
-    host = host_bytes * min(case.world_size, hardware.gpus_per_node)
+    host = host_bytes * min(case.world_size // case.nodes, hardware.gpus_per_node)
     status: Literal["ok", "oom_device", "oom_host"] = "ok"
     reason = None
     if device > hardware.device_memory_bytes:

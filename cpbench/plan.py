@@ -83,18 +83,16 @@ def plan_context(
     order = sorted(searches, key=lambda search: search.method not in _SLOW_FIRST)
     found: dict[_Key, MethodPlan] = {}
     stop = threading.Event()
-    with ThreadPoolExecutor(max_workers=estimates.size) as pool:
-        running = [pool.submit(search.run, stop) for search in order]
-        try:
-            for done in as_completed(running):
-                answer = done.result()
-                found[answer.method, answer.world_size] = answer
-                said(f"[{len(found)}/{len(searches)}] {_told(answer)}")
-        except BaseException:
-            stop.set()
-            for future in running:
-                future.cancel()
-            raise
+    pool = ThreadPoolExecutor(max_workers=estimates.size)
+    running = [pool.submit(search.run, stop) for search in order]
+    try:
+        for done in as_completed(running):
+            answer = done.result()
+            found[answer.method, answer.world_size] = answer
+            said(f"[{len(found)}/{len(searches)}] {_told(answer)}")
+    finally:
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for estimates under way
     plans = tuple(found[search.method, search.world] for search in searches)
     return ContextPlan(
         question=question,

@@ -346,7 +346,9 @@ def _nothing(found: ContextPlan) -> str:
     """What is missing when nothing fits."""
     q = found.question
     asked = [plan.asked for plan in found.methods if plan.asked is not None]
-    if q.seq_len is None or not asked:
+    if q.seq_len is not None and not asked:
+        return f"no method can run {format_length(q.seq_len)} here; the table says what each needs"
+    if q.seq_len is None:
         return "nothing fits on this machine at any length: use more ranks (--world), or a larger --hardware"
     nearest = min(asked, key=lambda point: point.device_needed_bytes)
     longest = max((plan.longest.seq_len for plan in found.methods if plan.longest), default=0)

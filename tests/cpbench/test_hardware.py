@@ -75,6 +75,14 @@ def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
     assert fit(case(), hardware, peak_bytes=GIB, host_bytes=300 * GIB).status == "oom_host"
 
 
+def test_a_node_that_is_filled_in_part_holds_its_own_ranks_only() -> None:
+    """Eight ranks on four nodes are two a node."""
+    hardware = load_hardware("h100-80g")
+    spread = case().model_copy(update={"world_size": 8, "nodes": 4})
+
+    assert fit(spread, hardware, peak_bytes=0, host_bytes=GIB).host_needed_bytes == 2 * GIB
+
+
 def test_an_unknown_profile_offers_the_nearest() -> None:
     """A typo is met with the name that was meant."""
     with pytest.raises(UnknownName, match="did you mean 'h100-80g'"):

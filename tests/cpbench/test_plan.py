@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from cpbench.case import Case
 from cpbench.cli import app
+from cpbench.cli.plan import _nothing
 from cpbench.context_plan import ContextPlan, MethodPlan, Question
 from cpbench.errors import UsageError
 from cpbench.estimator import Estimate, Estimator
@@ -168,6 +169,14 @@ def test_nothing_is_recommended_when_nothing_fits() -> None:
     assert plan.asked is not None
     assert plan.asked.status == "oom_device"
     assert plan.longest is not None
+
+
+def test_a_length_that_no_method_takes_is_said() -> None:
+    """It is no question of memory then."""
+    found = planned(MadeUp(ring=(9000, 1000, 1e-5)), methods="single", seq_len=MIB)
+
+    assert found.recommended is None
+    assert _nothing(found).startswith("no method can run 1M here")
 
 
 def test_more_ranks_reach_further() -> None:
