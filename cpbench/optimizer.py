@@ -1,9 +1,10 @@
 """AdamW whose moments live in host memory and are streamed through the device.
 
-The float32 moments of a rank's shards are cut into pieces of at most `PIECE` elements; small parameters share a piece
-and large ones have several, so a copy is never small and the device buffers have a fixed size.  `SLOTS` pieces are on
-the device during a step and none outside it: while one is updated, the next is on its way in and the last on its way
-out.  The update itself is torch's fused kernel, so the results are those of `torch.optim.AdamW(fused=True)`.
+The float32 moments of a rank's shards are cut into pieces of at most `PIECE` elements, those of each layer by
+themselves: small parameters of a layer share a piece and large ones have several, so a copy is never small and the
+device buffers have a fixed size.  `SLOTS` pieces are on the device during a step and none outside it: while one is
+updated, the next is on its way in and the last on its way out.  The update itself is torch's fused kernel, so the
+results are those of `torch.optim.AdamW(fused=True)`.
 
 Ordering on CUDA, by events only.  A copy in waits for compute, which has been made to wait for the copy out of the
 piece that held the slot before.  The update waits for the copy in, and the copy out for the update, so host memory is
@@ -13,7 +14,7 @@ freed, and the next step may read the host memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,20 +46,28 @@ class Part:
         return self.stop - self.start
 
 
-def cut(sizes: Sequence[int], limit: int) -> list[list[Part]]:
-    """Return pieces of exactly `limit` elements (the last may have fewer) that cover shards of the given sizes."""
+def cut(groups: Sequence[Sequence[int]], limit: int) -> list[list[Part]]:
+    """Return pieces that cover shards of the given sizes.
+
+    Args:
+        groups: sizes by group; no piece has parts of two groups, so equal groups are cut alike.
+        limit: elements of a piece; the last one of a group may have fewer.
+    """
     pieces: list[list[Part]] = []
-    room = 0
-    for parameter, size in enumerate(sizes):
-        start = 0
-        while start < size:
-            if room == 0:
-                pieces.append([])
-                room = limit
-            stop = min(start + room, size)
-            pieces[-1].append(Part(parameter, start, stop))
-            room -= stop - start
-            start = stop
+    parameter = 0
+    for sizes in groups:
+        room = 0
+        for size in sizes:
+            start = 0
+            while start < size:
+                if room == 0:
+                    pieces.append([])
+                    room = limit
+                stop = min(start + room, size)
+                pieces[-1].append(Part(parameter, start, stop))
+                room -= stop - start
+                start = stop
+            parameter += 1
     return pieces
 
 
@@ -77,11 +86,11 @@ class Piece:
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW for one group of float32 parameters; `state` holds the step counts alone, so it is no checkpoint."""
+    """AdamW for float32 parameters, all with the same settings; `state` holds the step counts alone: no checkpoint."""
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        groups: Iterable[Sequence[Tensor]],
         pool: HostPool,
         streams: Streams,
         recorder: Recorder,
@@ -91,26 +100,33 @@ class OffloadedAdamW(torch.optim.AdamW):
         """Take host memory for both moments, 8 bytes an element, and set it to zero.
 
         Args:
-            parameters: plain or sharded; their local sizes must not change afterwards.
+            groups: parameters that may share a piece, for example of one layer; plain or sharded, and their local
+                sizes must not change afterwards.
             pool: gives the host memory, which is never returned.
             streams: those that the pool copies on.
             recorder: told which storages hold optimizer states.
             lr: learning rate; all else as torch's defaults.
         """
-        super().__init__(parameters, lr=lr, fused=True)
-        (group,) = self.param_groups
-        self._parameters: list[Tensor] = group["params"]
+        given = [list(group) for group in groups if group]
+        super().__init__([parameter for group in given for parameter in group], lr=lr, fused=True)
+        self._parameters: list[Tensor] = self.param_groups[0]["params"]
         self._streams = streams
         self._recorder = recorder
         device = _local(self._parameters[0]).device
-        counts = torch.zeros(len(self._parameters), device=device)
-        self._counts: list[Tensor] = list(counts.unbind())
+        self._counts: list[Tensor] = []
+        for group in given:
+            self._counts += torch.zeros(len(group), device=device).unbind()
         for parameter, count in zip(self._parameters, self._counts, strict=True):
             self.state[parameter]["step"] = count
         self._pieces = [
             Piece(parts, pool.zeros((2, sum(part.elements for part in parts)), torch.float32))
-            for parts in cut([_local(parameter).numel() for parameter in self._parameters], PIECE)
+            for parts in cut([[_local(parameter).numel() for parameter in group] for group in given], PIECE)
         ]
+
+    def host_memory(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the memory of every piece, with one of the parameters whose moments it holds."""
+        for piece in self._pieces:
+            yield self._parameters[piece.parts[0].parameter], piece.moments.slab
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]  # takes no closure: the loss is computed before

@@ -79,7 +79,7 @@ class TrainStep:
         self.clock = Clock(world.device)
         self.model = self._sharded(method, tiles or TILES)
         self.optimizer = (
-            OffloadedAdamW(self.model.parameters(), self.host_pool, streams, recorder, lr=LEARNING_RATE)
+            OffloadedAdamW(self.model.layers(), self.host_pool, streams, recorder, lr=LEARNING_RATE)
             if case.stack.optimizer_offload
             else torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
         )

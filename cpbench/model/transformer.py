@@ -62,6 +62,10 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, settings) for layer in range(config.num_layers))
         self.head = LossHead(config, settings)
 
+    def layers(self) -> list[list[nn.Parameter]]:
+        """Return the parameters in their order, layer by layer: embedding, blocks, head."""
+        return [list(part.parameters()) for part in (self.embedding, *self.blocks, self.head)]
+
     def forward(self, tokens: Tensor, labels: Tensor, scale: float) -> Tensor:
         """Return scale x the sum of cross-entropies over this rank's tokens.
 

@@ -34,7 +34,7 @@ class Operation:
     waits: tuple[Operation, ...] = ()
     """Operations on other streams that must be complete before it starts."""
     on: Allocation | None = None
-    """What it works on, where one call works on a list of tensors."""
+    """What it works on, where one call works on a list of tensors; of a copy, the host memory."""
 
     @property
     def phase(self) -> str:

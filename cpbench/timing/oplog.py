@@ -64,7 +64,7 @@ class OpLog(CollectiveLog):
         self._ranks_on_node = ranks_on_node
         self._announced: tuple[str, int] | None = None
         self._written: dict[int, Operation] = {}  # by id of the allocation that another stream is writing
-        self._read: dict[int, list[Operation]] = {}  # of those that other streams are reading
+        self._read: dict[int, dict[Stream, Operation]] = {}  # the last on each stream of those that are reading one
         self._due: list[Operation] = []  # compute must wait for these next
         self._last: Operation | None = None
         self._sent: Operation | None = None
@@ -106,7 +106,7 @@ class OpLog(CollectiveLog):
         key = id(allocation)
         writer = self._written.pop(key, None)
         self._due += [] if writer is None else [writer]
-        self._due += self._read.pop(key, [])
+        self._due += self._read.pop(key, {}).values()
 
     def _compute(
         self,
@@ -175,8 +175,9 @@ class OpLog(CollectiveLog):
         stream: Stream = "copy_out" if to_host else "copy_in"
         size = given[1].tensor.numel() * given[1].tensor.element_size()
         operation = self._note(stream, "copy", stream, [*before, *waits], size=size)
+        operation.on = target if to_host else source
         self._written[id(target)] = operation
-        self._read.setdefault(id(source), []).append(operation)
+        self._read.setdefault(id(source), {})[stream] = operation
         return True
 
     def _collective(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:  # noqa: ANN401
@@ -217,7 +218,7 @@ class OpLog(CollectiveLog):
             if received if received is not None else index == 0:
                 self._written[id(allocation)] = operation
             else:
-                self._read.setdefault(id(allocation), []).append(operation)
+                self._read.setdefault(id(allocation), {})[operation.stream] = operation
 
     def _group(self, args: Sequence[Any]) -> tuple[int, int]:
         """(ranks, the most on one node) of a collective's group."""

@@ -25,6 +25,7 @@ from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.fake_trace import FakeTrace
 from cpbench.memory.timeline import Timeline
 from cpbench.method import Method
+from cpbench.optimizer import OffloadedAdamW
 from cpbench.record import Memory, RankReport, Software, WorkerReport
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
 from cpbench.runtime.kernels import cpu_scratch_is_known
@@ -182,6 +183,11 @@ def _owners(step: TrainStep, trace: FakeTrace) -> dict[int, Owner]:
         states = step.optimizer.state.get(parameter, {})
         for tensor in (parameter, *states.values()):
             allocation = trace.allocation_of(_local(tensor)) if isinstance(tensor, Tensor) else None
+            if allocation is not None:
+                owners[id(allocation)] = layers.get(id(parameter))
+    if isinstance(step.optimizer, OffloadedAdamW):
+        for parameter, memory in step.optimizer.host_memory():
+            allocation = trace.allocation_of(memory)
             if allocation is not None:
                 owners[id(allocation)] = layers.get(id(parameter))
     return owners

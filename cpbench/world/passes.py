@@ -2,8 +2,8 @@
 
 A step is a sequence of allocations, frees and operations.  It is cut into segments, one a layer in each *pass*: the
 persistent tensors in the order of the layers, forward (from where a layer's attention first shows to where the next
-one's does), backward (the same, downwards), and every loop of the optimizer over the parameters.  What lies between
-the passes is there once.  Each pass must visit all layers in order, and whatever is alive before the step must have a
+one's does), backward (the same, downwards), and every loop of the optimizer over the parameters.  There, a copy in
+belongs to the layer that is updated while it is under way.  What lies between the passes is there once.  Each pass must visit all layers in order, and whatever is alive before the step must have a
 known owner; otherwise `NotPeriodic` is raised.
 """
 
@@ -102,13 +102,21 @@ def passes_of(trace: Trace, layers: int, step: str) -> list[Pass]:
         owners[key] = trace.owners[key]
         cutter.add("before", owners[key], event)
     moving = _Moving(layers)
+    arriving: list[Item] = []
     for item in trace.items(start):
         stage, layer = moving.to(item)
         if stage == "optimizer":
+            if isinstance(item, Operation) and item.stream == "copy_in":
+                arriving.append(item)
+                continue
             layer = _owner_of(item, owners, trace.origins)
-        for thing in made_by(item):
-            owners[id(thing)] = layer
-        cutter.add(stage, layer, item)
+        for each in (*arriving, item):
+            for thing in made_by(each):
+                owners[id(thing)] = layer
+            cutter.add(stage, layer, each)
+        arriving.clear()
+    if arriving:
+        raise NotPeriodic("the step ends with a copy to the device")
     return cutter.finish()
 
 

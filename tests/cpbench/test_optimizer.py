@@ -53,7 +53,7 @@ def offloaded(
 ) -> tuple[OffloadedAdamW, HostPool]:
     streams, recorder = streams or Streams(CPU), Recorder()
     pool = HostPool(CPU, streams, recorder)
-    return kind(given, pool, streams, recorder, lr=3e-4), pool
+    return kind([given[:2], given[2:]], pool, streams, recorder, lr=3e-4), pool
 
 
 def trained(given: list[Tensor], method: torch.optim.Optimizer) -> list[Tensor]:
@@ -76,16 +76,18 @@ def same(kind: type[OffloadedAdamW]) -> bool:
 
 
 def test_pieces_cover_every_element_once() -> None:
-    """Small shards share a piece, large ones are cut, empty ones are in none; every piece but the last is full."""
-    pieces = cut([3, 0, 10, 4], 5)
+    """Small shards share a piece, large ones are cut, empty ones are in none; all pieces but a group's last are full."""
+    pieces = cut([[3, 0, 10, 4], [], [6, 1]], 5)
 
     assert pieces == [
         [Part(0, 0, 3), Part(2, 0, 2)],
         [Part(2, 2, 7)],
         [Part(2, 7, 10), Part(3, 0, 2)],
         [Part(3, 2, 4)],
+        [Part(4, 0, 5)],
+        [Part(4, 5, 6), Part(5, 0, 1)],
     ]
-    assert cut([0, 0], 5) == []
+    assert cut([[0, 0], [0]], 5) == []
 
 
 def test_parameters_are_those_of_adamw_bit_for_bit() -> None:
@@ -366,14 +368,16 @@ def test_the_optimizer_phase_needs_both_moments_less(world: World) -> None:
 
 
 def test_slots_count_as_optimizer_memory(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At a peak in the optimizer, the category holds the slots (two, for two pieces), step counts and the norm."""
+    """At a peak in the optimizer, the category holds three slots, as large as a layer, step counts and the norm."""
     monkeypatch.setattr(optimizer, "PIECE", 2**16)
-    assert 2**16 < CONFIG.num_params <= 2 * 2**16
+    ends = 251 * 64
+    layer = (CONFIG.num_params - 2 * ends - 64) // CONFIG.num_layers
+    assert ends < layer <= 2**16
 
     numbers, _ = measured(case(offload=True), world)
 
     assert numbers.peak_bytes == numbers.by_phase["optimizer"]
-    assert numbers.by_category["optimizer"] == 2 * 2 * 2**16 * 4 + 4 * (PARAMETERS + 1)
+    assert numbers.by_category["optimizer"] == 3 * 2 * layer * 4 + 4 * (PARAMETERS + 1)
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from cpbench import registry
+from cpbench import optimizer, registry
 from cpbench.case import STACKS, Case
 from cpbench.memory.timeline import Allocation, Event
 from cpbench.model_config import ModelConfig
@@ -70,11 +70,20 @@ def test_repeated_layers_do_what_all_layers_do(method: str, stack: str, device: 
 
 
 @pytest.mark.slow
-def test_a_stack_that_is_not_periodic_runs_all_layers() -> None:
-    """Optimizer states streamed in pieces that cross layers cannot be repeated, and are not."""
-    c = case("ulysses", "checkpoint", "cuda", layers=6, optimizer_offload=True)
+@pytest.mark.parametrize("piece", [777, 5000, 10**6])
+def test_streamed_optimizer_states_are_repeated(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several pieces a layer or one, small beside a layer or large: the same copies, in order, as with all layers."""
+    monkeypatch.setattr(optimizer, "PIECE", piece)
+    c = case("ulysses", "checkpoint", "cuda", optimizer_offload=True)
+    loaded = registry.load(c.method, c.options)
+    few, every = traced_step(c, loaded), traced_step(c, loaded, edges=())
 
-    assert traced_step(c, registry.load(c.method, c.options)).layers == 6
+    assert few.layers < every.layers == LAYERS
+    assert spelled(few.trace) == spelled(every.trace)
+    copies = [item.stream for item in few.trace.items() if isinstance(item, Operation) and item.work == "copy"]
+    assert copies.count("copy_in") == copies.count("copy_out") >= LAYERS + 2
+    assert host_peak_bytes(few.trace.events) == host_peak_bytes(every.trace.events)
+    assert host_peak_bytes(few.trace.events) >= 8 * c.architecture.num_params // c.world_size
 
 
 @pytest.mark.slow
