@@ -179,7 +179,7 @@ class Fpdt:
 
 
 METHOD = Fpdt
-VERIFY_OPTIONS = ({"chunk_tokens": 8}, {"chunk_tokens": 13}, {"chunk_tokens": 52})
+VERIFY_OPTIONS = ({"chunk_tokens": 12}, {"chunk_tokens": 24}, {"chunk_tokens": 36})
 
 
 def _multiples(number: int, of: int) -> list[int]:

@@ -88,7 +88,7 @@ def verify(
         str | None,
         typer.Option(
             "--seqlen",
-            help="Sequence length, like 1K; default 26 tokens a rank.",
+            help="Sequence length, like 1K; default 18 tokens a rank.",
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = None,
@@ -188,7 +188,7 @@ def _selection(
     from cpbench.shape import Shape, random_shapes
 
     if given:
-        common = {"world_size": world, "seq_len": 26 * world, "hidden_dim": 104} | given
+        common = {"world_size": world, "seq_len": 18 * world, "hidden_dim": 104} | given
         shapes = [Shape.model_validate({**common, "dtype": dtype}) for dtype in dtypes]
         return selection.one_shape([*shapes, *random_shapes(world, drawn or 0, seed, dtypes)])
     if quick:

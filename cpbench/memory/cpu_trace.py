@@ -8,6 +8,8 @@ and what the collective backend stages inside a `c10d` operator, which gloo free
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -40,51 +42,68 @@ class CpuTrace:
         return _timeline(results.experimental_event_tree())
 
 
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """What is around an event."""
+
+    scope: tuple[str, ...] = ()
+    """The recorder's scopes, outermost first."""
+    operators: tuple[str, ...] = ()
+    """The innermost three."""
+    kernel: int | None = None
+    """Identity of the attention kernel call."""
+    staged: bool = False
+    """Inside a `c10d` operator."""
+
+    def inside(self, node: Any) -> _Where:  # noqa: ANN401 - an event of the profiler's tree
+        """Return what is around the children of a node."""
+        name: str = node.name
+        if name.startswith(PREFIX):
+            return _Where((*self.scope, name[len(PREFIX) :]), self.operators, self.kernel, self.staged)
+        if name.startswith("PythonDispatchMode"):
+            return self
+        kernel = node.start_time_ns if name.startswith(_KERNEL) else self.kernel
+        staged = self.staged or name.startswith("c10d::")
+        return _Where(self.scope, (*self.operators[-2:], name), kernel, staged)
+
+
 def _timeline(roots: list[Any]) -> Timeline:
     timeline = Timeline()
-    live: dict[int, tuple[Allocation, Any]] = {}
-    for node, parents in sorted(_moments(roots), key=lambda moment: moment[0].start_time_ns):
+    live: dict[int, tuple[Allocation, int | None]] = {}
+    for _, node, where in sorted(_moments(roots), key=itemgetter(0)):
         if node.tag != _EventType.Allocation:
             label, address = node.name.removeprefix(MARK).rsplit(":", 1)
             if int(address) in live:
                 live[int(address)][0].label = label
             continue
-        if any(parent.name.startswith("c10d::") for parent in parents):
+        if where.staged:
             continue
         fields: _ExtraFields_Allocation = node.extra_fields
-        scope = tuple(p.name.removeprefix(PREFIX) for p in reversed(parents) if p.name.startswith(PREFIX))
-        if fields.alloc_size > 0:
-            names = [
-                p.name for p in reversed(parents) if not p.name.startswith((PREFIX, "PythonDispatchMode"))
-            ]
-            if fields.ptr in live:
-                lost = live.pop(fields.ptr)[0]
+        pointer, size = fields.ptr, fields.alloc_size
+        if size > 0:
+            if pointer in live:
+                lost = live.pop(pointer)[0]
                 timeline.unseen_frees += lost.bytes
-                timeline.events.append(Event(lost, True, scope))
-            allocation = Allocation(bytes=fields.alloc_size, scope=scope, site=" > ".join(names[-3:]))
-            live[fields.ptr] = (allocation, _kernel(parents))
-            timeline.events.append(Event(allocation, False, scope))
-        elif fields.ptr in live:
-            allocation, kernel = live.pop(fields.ptr)
-            allocation.inside_kernel = kernel is not None and _kernel(parents) == kernel
-            timeline.events.append(Event(allocation, True, scope))
+                timeline.events.append(Event(lost, True, where.scope))
+            allocation = Allocation(bytes=size, scope=where.scope, site=" > ".join(where.operators))
+            live[pointer] = (allocation, where.kernel)
+            timeline.events.append(Event(allocation, False, where.scope))
+        elif pointer in live:
+            allocation, kernel = live.pop(pointer)
+            allocation.inside_kernel = kernel is not None and where.kernel == kernel
+            timeline.events.append(Event(allocation, True, where.scope))
         else:
             timeline.unmatched_frees += 1
     return timeline
 
 
-def _moments(roots: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-    """Yield every allocation event and every mark with its parents, innermost first."""
-    stack: list[tuple[Any, list[Any]]] = [(root, []) for root in roots]
+def _moments(roots: list[Any]) -> Iterator[tuple[int, Any, _Where]]:
+    """Yield every allocation event and every mark with its time and what is around it."""
+    stack: list[tuple[Any, _Where]] = [(root, _Where()) for root in roots]
     while stack:
-        node, parents = stack.pop()
+        node, where = stack.pop()
         if node.tag == _EventType.Allocation or node.name.startswith(MARK):
-            yield node, parents
-            continue
-        inner = [node, *parents]
-        stack.extend((child, inner) for child in node.children)
-
-
-def _kernel(parents: list[Any]) -> int | None:
-    """Identity of the attention kernel call around an event."""
-    return next((p.start_time_ns for p in parents if p.name.startswith(_KERNEL)), None)
+            yield node.start_time_ns, node, where
+        elif children := node.children:
+            inner = where.inside(node)
+            stack.extend([(child, inner) for child in children])

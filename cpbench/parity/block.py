@@ -28,6 +28,12 @@ Surroundings = Literal["plain", "checkpoint", "attention saved"]
 saved: the same, and the stack asks that the attention output be kept in host memory."""
 
 
+def parts_tile(case: Case) -> int:
+    """Return the elements of a tile of parts with which the smallest case has several, the last one shorter."""
+    rows = case.batch_size * case.tokens_per_rank
+    return case.architecture.attention_dim * -(-2 * rows // 5)
+
+
 @dataclass(slots=True)
 class BlockRun:
     """What came of one run; `tensors` are right on rank 0 only."""
@@ -66,7 +72,7 @@ class Block:
             rope=Rope(layout.segments, case.architecture.rope_theta),
             recorder=recorder,
             host=HostPool(ranks.device, Streams(ranks.device), recorder),
-            parts_tile=2**11,  # so that small shapes have several tiles too
+            parts_tile=parts_tile(case),
         )
 
     def run(self, inputs: dict[str, Tensor], surroundings: Surroundings = "plain") -> BlockRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from cpbench import registry
 from cpbench.case import STACKS, Case, Stack
 from cpbench.method import Method
 from cpbench.model.tiling import Tiles
+from cpbench.parity.block import parts_tile
 from cpbench.parity.limits import Limits
 from cpbench.parity.ranks import Ranks
 from cpbench.parity.reference import relative_error
@@ -19,14 +21,14 @@ from cpbench.verification import Check
 
 STEPS = 3
 Scalar = Literal["loss", "grad norm"]
-_TILES = Tiles(norm=24, mlp=20, loss=28, parts=2**11)
+_TILES = Tiles(norm=24, mlp=20, loss=28)
 """So small that the shortest sequences have several, the last one shorter."""
 
 
 def train(case: Case, method: Method, ranks: Ranks) -> list[float]:
     """Return the losses of three steps, then their gradient norms."""
     world = ranks.world(method.layout(case, ranks.rank))
-    step = TrainStep(case, method, world, Recorder(), _TILES)
+    step = TrainStep(case, method, world, Recorder(), replace(_TILES, parts=parts_tile(case)))
     results = [step.run(index) for index in range(STEPS)]
     return [result.loss.item() for result in results] + [result.grad_norm.item() for result in results]
 
