@@ -1,7 +1,7 @@
 """The peaks of a block at a long length, counted over fake tensors, against those that `costs` states.
 
 Tiles of fixed size are left out of `costs`, so a block is counted where they are far below the limit of 1 %: at 1Mi
-tokens a rank, or 32Ki where a method takes too many operators for a few seconds, and with heads wide enough for the
+tokens a rank, or 128Ki where a method takes too many operators for about a second, and with heads wide enough for the
 smaller peak to be 4 GiB (a method may hold no more than chunks of fixed size).
 """
 
@@ -20,7 +20,7 @@ from cpbench.runtime.costs import HeadBytes
 from cpbench.verification import Check, Peaks
 
 LIMIT = 0.01
-LENGTHS = ((2**20, 3_000), (2**17, 28_000), (2**15, 15_000))
+LENGTHS = ((2**20, 5_000), (2**17, 12_000))
 """Tokens a rank, and the most operators that a rank's block may take there."""
 
 _LARGE_BYTES = 2**32

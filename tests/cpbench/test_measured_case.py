@@ -47,6 +47,10 @@ world_size = 4
 [[exclude]]
 method = ["single", "ring"]
 stack = "long"
+
+[[exclude]]
+method = ["ulysses", "upipe"]
+stack = "checkpoint"
 """
 
 
@@ -70,8 +74,8 @@ def case_of(record: Record) -> Case:
 
 @pytest.mark.slow
 def test_every_case_is_measured(records: list[Record]) -> None:
-    """Six cases are ok, and each says what ran and what it needed, rank by rank."""
-    assert len(records) == 6
+    """Four cases are ok, and each says what ran and what it needed, rank by rank."""
+    assert len(records) == 4
     for record in records:
         assert (record.status, record.reason) == ("ok", None)
         assert record.mode == "measure"
@@ -132,7 +136,7 @@ def test_counted_collectives_equal_the_methods_formulas(records: list[Record]) -
             )
             assert record.collective_bytes.get(kind, 0) == expected
             checked += expected > 0
-    assert checked == 5  # ring, and ulysses and upipe with two stacks
+    assert checked == 3  # ring, ulysses and upipe
 
 
 @pytest.mark.slow
@@ -170,7 +174,7 @@ def test_the_estimate_equals_the_measurement(records: list[Record]) -> None:
 @pytest.mark.slow
 def test_an_estimate_of_another_case_does_not_pass_for_this_one(records: list[Record]) -> None:
     """The twin of the comparison: half the sequence is further off than the bar allows."""
-    record = next(record for record in records if record.method == "ulysses" and record.offload == "none")
+    record = next(record for record in records if record.method == "ulysses")
     other = case_of(record).model_copy(update={"mode": "estimate", "seq_len": record.seq_len // 2})
 
     estimated = estimate_case(other, registry.load(record.method, record.options)).ranks[0]
