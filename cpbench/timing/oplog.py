@@ -64,7 +64,9 @@ class OpLog(CollectiveLog):
         self._ranks_on_node = ranks_on_node
         self._announced: tuple[str, int] | None = None
         self._written: dict[int, Operation] = {}  # by id of the allocation that another stream is writing
-        self._read: dict[int, dict[Stream, Operation]] = {}  # the last on each stream of those that are reading one
+        self._read: dict[
+            int, dict[Stream, Operation]
+        ] = {}  # the last on each stream of those that are reading one
         self._due: list[Operation] = []  # compute must wait for these next
         self._last: Operation | None = None
         self._sent: Operation | None = None

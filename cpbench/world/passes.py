@@ -3,8 +3,9 @@
 A step is a sequence of allocations, frees and operations.  It is cut into segments, one a layer in each *pass*: the
 persistent tensors in the order of the layers, forward (from where a layer's attention first shows to where the next
 one's does), backward (the same, downwards), and every loop of the optimizer over the parameters.  There, a copy in
-belongs to the layer that is updated while it is under way.  What lies between the passes is there once.  Each pass must visit all layers in order, and whatever is alive before the step must have a
-known owner; otherwise `NotPeriodic` is raised.
+belongs to the layer that is updated while it is under way.  What lies between the passes is there once.  Each pass
+must visit all layers in order, and whatever is alive before the step must have a known owner; otherwise `NotPeriodic`
+is raised.
 """
 
 from __future__ import annotations

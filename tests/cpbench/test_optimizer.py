@@ -14,16 +14,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from typer.testing import CliRunner
 
 from cpbench import optimizer, registry
 from cpbench.case import STACKS, Case
-from cpbench.cli import app
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.cpu_trace import CpuTrace
 from cpbench.model_config import ModelConfig
 from cpbench.optimizer import OffloadedAdamW, Part, Piece, cut
-from cpbench.record import Record, read_record
 from cpbench.resolve import resolve
 from cpbench.runtime.collectives import Group
 from cpbench.runtime.host_pool import HostPool
@@ -31,6 +28,7 @@ from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.streams import StreamName, Streams
 from cpbench.train import TrainStep, World
 from cpbench.world.estimate import estimate_case
+from tests.cpbench.many_cases import measure
 
 CPU = torch.device("cpu")
 LIMIT = 1000
@@ -76,7 +74,7 @@ def same(kind: type[OffloadedAdamW]) -> bool:
 
 
 def test_pieces_cover_every_element_once() -> None:
-    """Small shards share a piece, large ones are cut, empty ones are in none; all pieces but a group's last are full."""
+    """Small shards share a piece, large ones are cut, empty ones are in none; only a group's last piece is not full."""
     pieces = cut([[3, 0, 10, 4], [], [6, 1]], 5)
 
     assert pieces == [
@@ -287,14 +285,22 @@ CONFIG = ModelConfig(
 PARAMETERS = 2 * 9 + 3
 
 
-def case(*, offload: bool, mode: str = "measure", stack: str = "checkpoint", method: str = "single") -> Case:
+def case(
+    *,
+    offload: bool,
+    mode: str = "measure",
+    stack: str = "checkpoint",
+    method: str = "single",
+    seq_len: int = 32,
+    world_size: int = 1,
+) -> Case:
     requested = Case.model_validate(
         {
             "method": method,
             "model": "small",
             "architecture": CONFIG,
-            "seq_len": 32,
-            "world_size": 1,
+            "seq_len": seq_len,
+            "world_size": world_size,
             "dtype": "float32",
             "stack": STACKS[stack].model_copy(update={"optimizer_offload": offload}),
             "mode": mode,
@@ -396,59 +402,21 @@ def test_the_estimate_equals_the_measurement(offload: bool) -> None:
         assert abs(estimated.peak_by_phase_bytes[phase] - wanted) <= 0.01 * wanted, phase
 
 
-SCENARIO = """
-[run]
-mode = "measure"
-device = "cpu"
-steps = 1
-warmup = 0
-
-[sweep]
-method = "ulysses"
-model = "small"
-seq_len = 64
-world_size = 2
-dtype = "float32"
-stack = "long"
-
-[stack]
-optimizer_offload = {offload}
-
-[models.small]
-hidden_dim = 64
-num_layers = 2
-num_heads = 8
-num_kv_heads = 2
-head_dim = 16
-ffn_dim = 136
-vocab_size = 251
-"""
-
-
-def swept(folder: Path, *, offload: bool) -> Record:
-    scenario = folder / f"{offload}.toml"
-    scenario.write_text(SCENARIO.format(offload=str(offload).lower()), encoding="utf-8")
-    arguments = ["sweep", "--scenario", str(scenario), "--runs", str(folder), "--name", str(offload)]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    (path,) = (folder / str(offload) / "cases").glob("*.json")
-    return read_record(path)
-
-
 @pytest.mark.slow
-def test_a_sweep_over_real_ranks_with_the_option(tmp_path: Path) -> None:
-    """Two processes train the same with and without; the records show the option and its exact host bytes."""
-    plain, offload = (swept(tmp_path, offload=value) for value in (False, True))
-
-    assert (plain.optimizer_offload, offload.optimizer_offload) == (False, True)
-    assert len(offload.losses) == 3
-    assert (plain.losses, plain.grad_norms) == (offload.losses, offload.grad_norms)
-    inputs = 2 * 32 * 64 * 4
-    moments = [
-        rank.memory.host_pinned_peak_bytes - inputs
-        for rank in offload.ranks
-        if rank.memory.host_pinned_peak_bytes is not None
+def test_real_ranks_train_the_same_with_the_option(tmp_path: Path) -> None:
+    """Two processes: the same losses and norms with and without, exact host bytes, categories that add up."""
+    cases = [
+        case(offload=offload, stack="long", method="ulysses", seq_len=64, world_size=2)
+        for offload in (False, True)
     ]
-    assert sum(moments) == 8 * offload.architecture.num_params
-    for rank in offload.ranks:
-        assert sum(rank.memory.peak_by_category_bytes.values()) == rank.memory.peak_allocated_bytes
+    plain, offload = measure(cases, tmp_path)
+
+    inputs = 2 * 32 * 64 * 4
+    moments = 0
+    for theirs, ours in zip(plain, offload, strict=True):
+        assert len(ours.losses) == 2
+        assert (theirs.losses, theirs.grad_norms) == (ours.losses, ours.grad_norms)
+        assert theirs.memory.host_pinned_peak_bytes == inputs
+        moments += (ours.memory.host_pinned_peak_bytes or 0) - inputs
+        assert sum(ours.memory.peak_by_category_bytes.values()) == ours.memory.peak_allocated_bytes
+    assert moments == 8 * CONFIG.num_params

@@ -90,9 +90,7 @@ def test_every_method_passes_on_four_ranks() -> None:
     )
 
     assert_all_pass(report, at_least=4)
-    counted = [
-        r for r in report.results if r.shape == third and r.verdict == "pass" and not r.given
-    ]
+    counted = [r for r in report.results if r.shape == third and r.verdict == "pass" and not r.given]
     assert len(counted) > 5
     for result in counted:
         assert result.peaks is not None, result.method

@@ -80,7 +80,9 @@ def test_streamed_optimizer_states_are_repeated(piece: int, monkeypatch: pytest.
 
     assert few.layers < every.layers == LAYERS
     assert spelled(few.trace) == spelled(every.trace)
-    copies = [item.stream for item in few.trace.items() if isinstance(item, Operation) and item.work == "copy"]
+    copies = [
+        item.stream for item in few.trace.items() if isinstance(item, Operation) and item.work == "copy"
+    ]
     assert copies.count("copy_in") == copies.count("copy_out") >= LAYERS + 2
     assert host_peak_bytes(few.trace.events) == host_peak_bytes(every.trace.events)
     assert host_peak_bytes(few.trace.events) >= 8 * c.architecture.num_params // c.world_size
