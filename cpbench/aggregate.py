@@ -69,13 +69,13 @@ def aggregates(case: Case, report: WorkerReport) -> dict[str, Any]:
         attention_backend=ranks[0].attention_backend,
         peak_by_category_bytes=worst.memory.peak_by_category_bytes,
         peak_by_phase_bytes=_largest(rank.memory.peak_by_phase_bytes for rank in ranks),
-        spread={name: _spread(values) for name, values in memory.items() if values},
+        spread={name: _spread(ranks, values) for name, values in memory.items() if values},
         step_seconds=step_seconds,
         step_seconds_samples=tuple(steps[0]),
         forward_seconds=statistics.median(steps[1]) if steps[1] else None,
         backward_seconds=statistics.median(steps[2]) if steps[2] else None,
         optimizer_seconds=statistics.median(steps[3]) if steps[3] else None,
-        modelled=ranks[0].modelled,
+        modelled=max(ranks, key=_seconds).modelled,
         loss=ranks[0].losses[-1] if ranks[0].losses else None,
         losses=ranks[0].losses,
         grad_norm=ranks[0].grad_norms[-1] if ranks[0].grad_norms else None,
@@ -91,9 +91,13 @@ def _values(ranks: Sequence[RankReport], name: str) -> list[int]:
     return [] if None in values else values
 
 
-def _spread(values: list[int]) -> Spread:
+def _spread(ranks: Sequence[RankReport], values: list[int]) -> Spread:
     top = max(values)
-    return Spread(max=top, min=min(values), mean=statistics.fmean(values), rank=values.index(top))
+    return Spread(max=top, min=min(values), mean=statistics.fmean(values), rank=ranks[values.index(top)].rank)
+
+
+def _seconds(rank: RankReport) -> float:
+    return sum(sample.step_seconds for sample in rank.samples)
 
 
 def _largest(tables: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -150,13 +154,13 @@ def _speed(case: Case, step_seconds: float | None, gpu: str | None) -> dict[str,
     )
 
 
-def _judge_fit(case: Case, memory: Memory) -> tuple[Status, str | None, list[str]]:
+def _judge_fit(case: Case, memories: Sequence[Memory]) -> tuple[Status, str | None, list[str]]:
     """Whether an estimate fits the hardware it is for; its numbers are kept either way."""
     found = fit(
         case,
         load_hardware(case.hardware or ""),
-        peak_bytes=memory.peak_allocated_bytes or 0,
-        host_bytes=memory.host_pinned_peak_bytes or 0,
+        peak_bytes=max(memory.peak_allocated_bytes or 0 for memory in memories),
+        host_bytes=max(memory.host_pinned_peak_bytes or 0 for memory in memories),
     )
     return found.status, found.reason, []
 
@@ -177,15 +181,15 @@ def _judge(
         return "invalid", "ranks ran different attention kernels", []
     if case.mode == "measure" and len(ranks) != case.world_size:
         return "invalid", f"{len(ranks)} of {case.world_size} ranks reported", []
+    mfu = speed["mfu"]
+    if mfu is not None and mfu > 1:
+        return "invalid", f"MFU {mfu:.0%} is above the hardware's peak: the step did not do all its work", []
     if (
         case.mode == "estimate"
         and case.hardware is not None
         and ranks[0].memory.peak_allocated_bytes is not None
     ):
-        return _judge_fit(case, ranks[0].memory)
-    mfu = speed["mfu"]
-    if mfu is not None and mfu > 1:
-        return "invalid", f"MFU {mfu:.0%} is above the hardware's peak: the step did not do all its work", []
+        return _judge_fit(case, [rank.memory for rank in ranks])
     asked, used = case.attention_backend, ranks[0].attention_backend
     if asked not in ("auto", used):
         return "invalid", f"attention backend {asked} was asked for but {used} ran", []

@@ -23,7 +23,7 @@ from cpbench.case import Case
 from cpbench.errors import CpbenchError, Unsupported
 from cpbench.resolve import resolve
 from cpbench.worker import leave
-from cpbench.world.estimate import estimate_case
+from cpbench.world.estimate import estimate_ranks
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         case, unsupported = resolve(case, plugins)
         if unsupported is None:
             method = registry.load(case.method, case.options, plugins)
-            report = estimate_case(case, method, rank=case.rank or 0)
+            report = estimate_ranks(case, method)
             return {"case": case.model_dump(mode="json"), "report": report.model_dump(mode="json")}
     except Unsupported as error:
         unsupported = str(error)
