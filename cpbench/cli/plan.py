@@ -17,7 +17,7 @@ from cpbench.case import Dtype
 from cpbench.cli import flags
 from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question, Recommendation
 from cpbench.disk import refusing_bad_disk
-from cpbench.estimator import Estimator
+from cpbench.estimates import PooledEstimates
 from cpbench.hardware import Hardware, load_hardware
 from cpbench.model_config import load_model
 from cpbench.plan import nodes_of, plan_context
@@ -142,10 +142,10 @@ def _methods(asked: Sequence[str], plugins: Sequence[Path]) -> tuple[str, ...]:
 def _found(question: Question, profile: Hardware, plugins: Sequence[Path]) -> ContextPlan:
     """The answer; what is done shows on standard error."""
     errors = Console(stderr=True)
-    with Estimator(plugins) as estimator:
+    with PooledEstimates(plugins) as estimates:
 
         def search(said: Callable[[str], None]) -> ContextPlan:
-            return plan_context(question, profile, estimator, plugins=plugins, said=said)
+            return plan_context(question, profile, estimates, plugins=plugins, said=said)
 
         if not errors.is_terminal:
             return search(lambda words: errors.print(Text(words), soft_wrap=True))

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import threading
+import signal
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from cpbench.cli import app
 from cpbench.cli.plan import _nothing
 from cpbench.context_plan import ContextPlan, MethodPlan, Question
 from cpbench.errors import UsageError
-from cpbench.estimator import Estimate, Estimator
+from cpbench.estimates import Estimate
 from cpbench.hardware import load_hardware
 from cpbench.model_config import load_model
 from cpbench.plan import STEP, plan_context
@@ -24,24 +28,37 @@ from cpbench.record import Record
 from cpbench.report.plan_picture import write_plan_picture
 from cpbench.scenario import parse_scenario
 from cpbench.units import GIB, MIB
+from tests.cpbench.workers.harness import ROOT, TOKEN, alive, wait_until
 
 H100 = load_hardware("h100-80g")
 NAME, LLAMA = load_model("llama3-8b")
 
 
 class MadeUp:
-    """Estimates by formula: bytes and seconds of a token of each method."""
+    """Estimates by formula, two at a time: bytes and seconds of a token of each method."""
 
     def __init__(self, **tokens: tuple[float, float, float]) -> None:
-        self.size = 2
         self.tokens = tokens
         self.asked: list[Case] = []
-        self._lock = threading.Lock()
+        self._running: list[tuple[int, Case]] = []
+
+    @property
+    def free(self) -> int:
+        return 2 - len(self._running)
+
+    def start(self, case: Case) -> int:
+        assert self.free
+        self.asked.append(case)
+        self._running.append((len(self.asked), case))
+        return len(self.asked)
+
+    def wait(self) -> list[tuple[int, Estimate]]:
+        """The one started last, so that answers come in another order than questions."""
+        number, case = self._running.pop()
+        return [(number, self.estimate(case))]
 
     def estimate(self, case: Case) -> Estimate:
         """Return a record with the needs of a case; a method without numbers cannot run."""
-        with self._lock:
-            self.asked.append(case)
         if case.method not in self.tokens:
             return Estimate(case=case, reason=f"{case.method} needs a miracle")
         if case.options:
@@ -263,26 +280,22 @@ def test_bad_input_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_estimating_process_that_dies_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that ends the process fails alone; the next case is estimated."""
-    name, architecture = load_model("tiny")
-    case = Case(
-        method="ulysses", model=name, architecture=architecture, seq_len=4096, world_size=2, device="cuda",
-        hardware="h100-80g",
-    )  # fmt: skip
-    plugin = Path(__file__).parent / "workers" / "deadly.py"
-    with Estimator([plugin], processes=1) as estimator:
-        died = estimator.estimate(case.model_copy(update={"method": "deadly"}))
-        refused = estimator.estimate(case.model_copy(update={"world_size": 3}))
-        fine = estimator.estimate(case)
+def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
+    """Ctrl-C of a plan: exit code 130, no process left, and no file but what was there before."""
+    token = uuid.uuid4().hex
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {TOKEN: token, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cpbench", "plan", "--method", "ulysses", "--model", "tiny", "--json"]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(
+        lambda: any("estimate_server" in line for line in alive(token)), seconds=120, what="the server"
+    )
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
 
-    assert died.failed
-    assert "ended with code 3" in (died.reason or "")
-    assert "deadly was here" in (died.reason or "")
-    assert "not divisible" in (refused.reason or "")
-    assert not refused.failed
-    assert fine.record is not None
-    assert fine.record.peak_allocated_bytes
+    assert process.returncode == 130, words
+    assert alive(token) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.slow

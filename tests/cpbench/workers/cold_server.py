@@ -1,0 +1,13 @@
+"""Stands in for `cpbench.estimate_server` where cases need no torch: the same server, but nothing is loaded first."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from cpbench.estimate_server import Server
+from cpbench.worker import leave
+
+if __name__ == "__main__":
+    Server(socket.socket(fileno=int(sys.argv[1]))).serve()
+    leave(0)
