@@ -28,7 +28,7 @@ from cpbench.context_plan import (
 )
 from cpbench.errors import UsageError
 from cpbench.estimates import Estimates, Search, answered
-from cpbench.hardware import Hardware, fit
+from cpbench.hardware import Hardware, pinnable_bytes
 from cpbench.recommendation import recommended
 from cpbench.units import MIB, format_length
 
@@ -62,7 +62,6 @@ def plan_context(
     Raises:
         UsageError: a number of ranks that does not fill whole nodes, or options declared wrongly.
     """
-    hardware = hardware.model_copy(update={"host_memory_bytes": question.host_memory_bytes})
     searches = [
         _Search(question, hardware, method, world, plugins)
         for world in question.worlds
@@ -225,7 +224,7 @@ class _Search:
     def _room(self, point: Point) -> Room:
         return Room(
             self.hardware.device_memory_bytes - point.device_needed_bytes,
-            self.hardware.host_memory_bytes - point.host_needed_bytes,
+            self.question.host_memory_bytes - point.host_needed_bytes,
         )
 
     def _add_short(self, best: _Found) -> Search[None]:
@@ -254,10 +253,8 @@ class _Search:
             return {"asked_reason": str(problem or "")}
         point, configuration = min(tried, key=self._preference)
         if point.status == "ok":
-            saving: dict[str, StackChange] = {
-                "save_attention": "auto",
-                "host_budget_bytes": self.hardware.host_memory_bytes,
-            }
+            budget = pinnable_bytes(self._case(configuration, length), self.hardware)
+            saving: dict[str, StackChange] = {"save_attention": "auto", "host_budget_bytes": budget}
             saved = configuration.model_copy(update={"stack": configuration.stack | saving})
             with suppress(_FailedError):  # offload saves by itself, and some methods cannot
                 tried.append(((yield from self._point(saved, length)), saved))
@@ -279,9 +276,9 @@ class _Search:
         speed = 0.0 if rate is None else -float(f"{rate:.3g}")
         return False, speed, len(configuration.options) + len(configuration.stack), point.device_needed_bytes
 
-    def _point(self, configuration: Configuration, length: int) -> Search[Point]:
+    def _case(self, configuration: Configuration, length: int) -> Case:
         q = self.question
-        case = Case(
+        return Case(
             method=self.method,
             options=configuration.options,
             model=q.model,
@@ -295,26 +292,23 @@ class _Search:
             mode="estimate",
             device="cuda",
             hardware=q.hardware,
+            host_memory_bytes=q.host_memory_bytes,
         )
-        estimate = yield case
+
+    def _point(self, configuration: Configuration, length: int) -> Search[Point]:
+        estimate = yield self._case(configuration, length)
         if estimate.record is None:
             raise _FailedError(estimate.reason or "", failed=estimate.failed)
         record = estimate.record
         if record.status not in ("ok", "oom_device", "oom_host"):
             raise _FailedError(f"{record.status}: {record.reason}", failed=True)
-        found = fit(
-            estimate.case,
-            self.hardware,
-            peak_bytes=record.peak_allocated_bytes or 0,
-            host_bytes=record.host_pinned_peak_bytes or 0,
-        )
         return Point(
             seq_len=length,
-            status=found.status,
-            reason=found.reason,
+            status=record.status,
+            reason=record.reason,
             peak_bytes=record.peak_allocated_bytes or 0,
-            device_needed_bytes=found.device_needed_bytes,
-            host_needed_bytes=found.host_needed_bytes,
+            device_needed_bytes=record.device_needed_bytes or 0,
+            host_needed_bytes=record.host_needed_bytes or 0,
             step_seconds=record.step_seconds,
             tokens_per_second_per_gpu=record.tokens_per_second_per_gpu,
             mfu=record.mfu,
