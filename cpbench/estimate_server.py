@@ -78,8 +78,10 @@ class _Child:
 class Server:
     """Gives each request to a child, forks one if none is free, and tells how it ended."""
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: socket.socket, *, most_cases: int = _MOST_CASES) -> None:
+        """Take the channel of requests and answers, and how many cases a child may run."""
         self._channel = channel
+        self._most_cases = most_cases
         self._children: list[_Child] = []
         self._unread = b""
 
@@ -107,7 +109,7 @@ class Server:
                         os.killpg(child.pid, signal.SIGKILL)
             return
         for child in [child for child in self._children if child.request is None]:
-            if child.cases < _MOST_CASES and child.give(request):
+            if child.cases < self._most_cases and child.give(request):
                 return
             self._forget(child)
         if alone():

@@ -108,16 +108,19 @@ def test_a_case_that_fails_fails_alone(tmp_path: Path, pool: EstimatePool) -> No
     assert said["silent"].startswith("the worker ended without error but its report is missing")
 
 
-def test_a_child_takes_cases_until_one_fails(tmp_path: Path, pool: EstimatePool) -> None:
-    """Cases that go well share a process, one after another; after one that failed the next has a new one."""
-    folders = [tmp_path / name for name in "abc"]
-    first, second = (outcomes(pool, [fake_estimate(folder, "ok")])["ok"] for folder in folders[:2])
-    failed = outcomes(pool, [fake_estimate(tmp_path, "crash")])["crash"]
-    third = outcomes(pool, [fake_estimate(folders[2], "ok")])["ok"]
+def test_a_child_takes_one_case_after_another(tmp_path: Path, pool: EstimatePool) -> None:
+    """Until one fails, or it has run as many as it may, here two: the next case has a new process."""
 
-    assert process_of(first) == process_of(second)
+    def ran(name: str, act: str = "ok") -> Outcome:
+        return outcomes(pool, [fake_estimate(tmp_path / name, act)])[act]
+
+    first, second, third = (process_of(ran(name)) for name in "abc")
+    failed = ran("d", "crash")
+    fourth = process_of(ran("e"))
+
+    assert first == second
     assert failed.status == "error"
-    assert process_of(third) != process_of(first)
+    assert len({first, third, fourth}) == 3
 
 
 def test_a_case_over_its_time_is_ended(
