@@ -14,11 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from cpbench.case import Case
 from cpbench.errors import UnknownName, UsageError
-from cpbench.units import format_bytes
+from cpbench.units import GIB, format_bytes
 
 _FOLDER = Path(__file__).resolve().parent / "profiles"
 MARGIN = 0.03
 """Part of the counted peak added for allocator rounding and fragmentation, so that an estimate is rather too high."""
+HOST_MARGIN = 0.03
+"""Part of a node's memory that ranks cannot pin.  The kernel describes each page of 4 KiB in 64 bytes (1.6 %) and maps
+each pinned one in 8 (0.2 %); the rest is for the system's services and its file cache."""
+HOST_PROCESS_BYTES = 3 * GIB
+"""Host memory of a rank's process beside its pinned pool: interpreter, libraries, what the driver and the collectives
+keep there.  Assumed: of a program of two lines that uses CUDA 2.0 GiB are reported (pytorch/pytorch issue 113326)."""
 
 
 class AttentionRates(BaseModel):
@@ -100,8 +106,9 @@ class Fit(BaseModel):
     status: Literal["ok", "oom_device", "oom_host"]
     reason: str | None
     device_needed_bytes: int
+    """Of a rank, with margin, context and communicators."""
     host_needed_bytes: int
-    """Of a node."""
+    """Of a node, with the margin and what the ranks' processes take."""
 
 
 def profile_names() -> dict[str, Path]:
@@ -130,11 +137,22 @@ def load_hardware(name: str) -> Hardware:
         raise UsageError(f"hardware profile {path}: {where}: {problem['msg']}") from error
 
 
+def host_bytes_of(case: Case, hardware: Hardware) -> int:
+    """Return the host memory of a node: what the case says, else the profile."""
+    return case.host_memory_bytes or hardware.host_memory_bytes
+
+
+def pinnable_bytes(case: Case, hardware: Hardware) -> int:
+    """Return how much of a node's host memory is left for its ranks to pin; negative if their processes fill it."""
+    there = host_bytes_of(case, hardware)
+    return there - round(there * HOST_MARGIN) - _ranks_on_node(case, hardware) * HOST_PROCESS_BYTES
+
+
 def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> Fit:
     """Return whether the estimated needs of a rank fit.
 
     Args:
-        case: gives the ranks.
+        case: gives the ranks, and a node's host memory if that is not the profile's.
         hardware: the machine.
         peak_bytes: peak of the rank's tensors.
         host_bytes: pinned host memory of the rank.
@@ -142,20 +160,27 @@ def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> 
     communicators = 1 + ((case.ulysses_degree or 1) > 1) + ((case.ring_degree or 1) > 1)
     overhead = hardware.context_bytes + communicators * hardware.communicator_bytes
     device = round(peak_bytes * (1 + MARGIN)) + overhead
-    host = host_bytes * min(case.world_size // case.nodes, hardware.gpus_per_node)
+    there = host_bytes_of(case, hardware)
+    host = there - pinnable_bytes(case, hardware) + host_bytes * _ranks_on_node(case, hardware)
     status: Literal["ok", "oom_device", "oom_host"] = "ok"
     reason = None
     if device > hardware.device_memory_bytes:
         status = "oom_device"
-        reason = _short("device memory", device, hardware.device_memory_bytes, "a rank")
-    elif host > hardware.host_memory_bytes:
+        what = f"{MARGIN:.0%} margin, context and communicators"
+        reason = _short("device memory", device, hardware.device_memory_bytes, "a rank", what)
+    elif host > there:
         status = "oom_host"
-        reason = _short("host memory", host, hardware.host_memory_bytes, "a node")
+        what = f"{HOST_MARGIN:.0%} of it and {format_bytes(HOST_PROCESS_BYTES)} a rank"
+        reason = _short("host memory", host, there, "a node", f"{what} for system and processes")
     return Fit(status=status, reason=reason, device_needed_bytes=device, host_needed_bytes=host)
 
 
-def _short(what: str, needed: int, there: int, per: str) -> str:
+def _ranks_on_node(case: Case, hardware: Hardware) -> int:
+    return min(case.world_size // case.nodes, hardware.gpus_per_node)
+
+
+def _short(what: str, needed: int, there: int, per: str, included: str) -> str:
     return (
-        f"{what}: {format_bytes(needed)} {per} needed (margin and overheads included), {format_bytes(there)} there, "
+        f"{what}: {format_bytes(needed)} {per} needed (with {included}), {format_bytes(there)} there, "
         f"short by {format_bytes(needed - there)}"
     )
