@@ -97,7 +97,7 @@ def plan_context(
     return ContextPlan(
         question=question,
         step_tokens={search.world: search.unit for search in searches},
-        device_memory_bytes=hardware.device_memory_bytes,
+        device_memory_bytes=hardware.usable_memory_bytes,
         methods=plans,
         recommended=recommended(plans, asked=question.seq_len is not None),
     )
@@ -252,7 +252,7 @@ class _Search:
 
     def _room(self, point: Point) -> Room:
         return Room(
-            self.hardware.device_memory_bytes - point.device_needed_bytes,
+            self.hardware.usable_memory_bytes - point.device_needed_bytes,
             self.hardware.host_memory_bytes - point.host_needed_bytes,
         )
 
