@@ -158,6 +158,21 @@ def load_hardware(name: str) -> Hardware:
         raise UsageError(f"hardware profile {path}: {where}: {problem['msg']}") from error
 
 
+def nodes_of(world_size: int, hardware: Hardware) -> int:
+    """Return the nodes that a number of ranks fills.
+
+    Raises:
+        UsageError: they fill some only in part.
+    """
+    size = hardware.gpus_per_node
+    nodes = -(-world_size // size)
+    if nodes > 1 and world_size % size:
+        raise UsageError(
+            f"--world {world_size} fills {nodes} nodes of {size} GPUs only in part; use a multiple of {size}"
+        )
+    return nodes
+
+
 def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> Fit:
     """Return whether the estimated needs of a rank fit.
 

@@ -31,6 +31,7 @@ from cpbench.context_plan import (
 from cpbench.errors import UsageError
 from cpbench.estimator import Estimate
 from cpbench.hardware import Hardware, fit
+from cpbench.hardware import nodes_of as nodes_of
 from cpbench.recommendation import recommended
 from cpbench.units import MIB, format_length
 
@@ -104,21 +105,6 @@ def plan_context(
 
 
 _Key = tuple[str, int]
-
-
-def nodes_of(world_size: int, hardware: Hardware) -> int:
-    """Return the nodes that a number of ranks fills.
-
-    Raises:
-        UsageError: they fill some only in part.
-    """
-    size = hardware.gpus_per_node
-    nodes = -(-world_size // size)
-    if nodes > 1 and world_size % size:
-        raise UsageError(
-            f"--world {world_size} fills {nodes} nodes of {size} GPUs only in part; use a multiple of {size}"
-        )
-    return nodes
 
 
 class _FailedError(Exception):
