@@ -28,7 +28,6 @@ from cpbench.context_plan import (
     Question,
     StackChange,
 )
-from cpbench.errors import UsageError
 from cpbench.estimator import Estimate
 from cpbench.hardware import Hardware, fit
 from cpbench.hardware import nodes_of as nodes_of

@@ -92,8 +92,8 @@ def _nodes(scenario: Scenario, request: SweepRequest) -> Nodes:
     if mode != "measure":
         if request.node_rank:
             raise UsageError(
-                f"--node-rank {request.node_rank}: only measured ranks are spread over machines, and the mode is {mode}; "
-                "leave it out and start the command on one machine"
+                f"--node-rank {request.node_rank}: only measured ranks are spread over machines, "
+                f"and the mode is {mode}; leave it out and start the command on one machine"
             )
         return Nodes()
     if request.node_rank >= count:
