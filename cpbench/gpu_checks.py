@@ -29,7 +29,7 @@ from cpbench.launch import child_environment
 from cpbench.machine import visible_gpus
 from cpbench.record import Record, read_record
 from cpbench.supervise import GRACE_SECONDS
-from cpbench.units import format_bytes, format_length, format_rate, format_seconds, parse_length
+from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds, parse_length
 
 STEPS = ("parity", "sweep", "throughput")
 _MADE = ("sweep-*", "throughput", "parity.json", "records.jsonl", "table.txt")
@@ -204,15 +204,9 @@ def table(checks: Checks) -> str:
     return "\n".join(lines) + "\n"
 
 
-def signed_error(record: Record) -> float | None:
-    """Return (estimated - measured) / measured peak of an emulated record."""
-    measured, estimate = record.peak_allocated_bytes, record.estimated_peak_bytes
-    return None if not measured or estimate is None else (estimate - measured) / measured
-
-
 def outside(record: Record) -> bool:
     """Return whether the estimate of a record's peak is further off than it may be."""
-    error = signed_error(record)
+    error = record.estimate_error
     return error is not None and not BAR[0] <= error <= BAR[1]
 
 
@@ -223,7 +217,6 @@ def _left_out(findings: Sequence[dict[str, object]]) -> dict[str, str]:
 
 
 def _row(record: Record) -> tuple[str, ...]:
-    error = signed_error(record)
     mark = " !" if outside(record) else ""
     of = f"/{record.model_layers}" if record.model_layers else ""
     return (
@@ -233,7 +226,7 @@ def _row(record: Record) -> tuple[str, ...]:
         record.status,
         format_bytes(record.peak_allocated_bytes),
         format_bytes(record.estimated_peak_bytes),
-        "-" if error is None else f"{error:+.2%}{mark}",
+        f"{format_error(record.estimate_error)}{mark}",
         format_seconds(record.compute_seconds),
     )
 

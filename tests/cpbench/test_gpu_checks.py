@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cpbench import gpu_checks
-from cpbench.gpu_checks import main, signed_error
+from cpbench.gpu_checks import main
 from cpbench.record import read_record
 from tests.cpbench.report.examples import make_case, make_record
 
@@ -112,7 +112,7 @@ def test_a_sweep_gives_records_and_rows(tmp_path: Path, capsys: pytest.CaptureFi
         1,
         2,
     )
-    assert abs(signed_error(record) or 1.0) < 0.01 or signed_error(record) == 0.0
+    assert record.estimate_error == pytest.approx(0.0, abs=0.01)
     table = capsys.readouterr().out
     assert "2/4" in table
     assert "+0.00%" in table
