@@ -10,7 +10,7 @@ from typing import Any
 from cpbench.case import Case
 from cpbench.hardware import Fit, fit, load_hardware
 from cpbench.machine import peak_flops
-from cpbench.rank_report import Facts, Memory, RankReport, Status, StepSample, WorkerReport
+from cpbench.rank_report import Facts, RankReport, Status, StepSample, WorkerReport
 
 
 class Spread(Facts):

@@ -120,6 +120,7 @@ class ContextPlan(BaseModel):
     step_tokens: dict[int, int]
     """By number of ranks: the step to which lengths were searched."""
     device_memory_bytes: int
+    """What programs can have of a device."""
     methods: tuple[MethodPlan, ...]
     """In the order asked for, by number of ranks."""
     recommended: Recommendation | None = None

@@ -15,7 +15,7 @@ from cpbench.case import Case, Stack
 from cpbench.errors import UsageError
 from cpbench.expand import resolve_cases
 from cpbench.explanation import Anatomy, Explanation, OptionEffect
-from cpbench.hardware import MARGIN, fit, load_hardware
+from cpbench.hardware import fit, load_hardware
 from cpbench.launch import child_environment
 from cpbench.run_folder import RunFolder
 
@@ -117,7 +117,7 @@ def _room(case: Case) -> int | None:
         return None
     hardware = load_hardware(case.hardware)
     overhead = fit(case, hardware, peak_bytes=0, host_bytes=0).device_needed_bytes
-    return int((hardware.device_memory_bytes - overhead) / (1 + MARGIN))
+    return int((hardware.usable_memory_bytes - overhead) / (1 + hardware.margin))
 
 
 def _ask(cases: Sequence[Case], plugins: Sequence[Path]) -> list[dict[str, Any]]:

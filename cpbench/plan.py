@@ -26,9 +26,8 @@ from cpbench.context_plan import (
     Question,
     StackChange,
 )
-from cpbench.errors import UsageError
 from cpbench.estimates import Estimates, Search, answered
-from cpbench.hardware import Hardware, pinnable_bytes
+from cpbench.hardware import Hardware, nodes_of, pinnable_bytes
 from cpbench.recommendation import recommended
 from cpbench.units import MIB, format_length
 
@@ -76,25 +75,10 @@ def plan_context(
     return ContextPlan(
         question=question,
         step_tokens={search.world: search.unit for search in searches},
-        device_memory_bytes=hardware.device_memory_bytes,
+        device_memory_bytes=hardware.usable_memory_bytes,
         methods=plans,
         recommended=recommended(plans, asked=question.seq_len is not None),
     )
-
-
-def nodes_of(world_size: int, hardware: Hardware) -> int:
-    """Return the nodes that a number of ranks fills.
-
-    Raises:
-        UsageError: they fill some only in part.
-    """
-    size = hardware.gpus_per_node
-    nodes = -(-world_size // size)
-    if nodes > 1 and world_size % size:
-        raise UsageError(
-            f"--world {world_size} fills {nodes} nodes of {size} GPUs only in part; use a multiple of {size}"
-        )
-    return nodes
 
 
 class _FailedError(Exception):
@@ -223,7 +207,7 @@ class _Search:
 
     def _room(self, point: Point) -> Room:
         return Room(
-            self.hardware.device_memory_bytes - point.device_needed_bytes,
+            self.hardware.usable_memory_bytes - point.device_needed_bytes,
             self.question.host_memory_bytes - point.host_needed_bytes,
         )
 

@@ -158,6 +158,12 @@ class Record(Facts):
     ranks: tuple[RankReport, ...] = ()
 
     @property
+    def estimate_error(self) -> float | None:
+        """(estimated - measured) / measured peak of an emulated case; positive where the estimate is too high."""
+        measured, estimate = self.peak_allocated_bytes, self.estimated_peak_bytes
+        return None if not measured or estimate is None else (estimate - measured) / measured
+
+    @property
     def stack(self) -> Stack:
         """The stack options as one object."""
         return Stack.model_validate({name: getattr(self, name) for name in Stack.model_fields})

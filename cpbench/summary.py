@@ -12,7 +12,7 @@ from rich.text import Text
 from cpbench.case import STACKS, Case
 from cpbench.expand import ResolvedCase
 from cpbench.record import Record, Status
-from cpbench.units import format_bytes, format_length, format_rate, format_seconds
+from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds
 
 STATUS_STYLE: dict[Status, str] = {
     "ok": "green",
@@ -56,11 +56,30 @@ def case_cells(case: Case | Record, columns: Columns = _ALWAYS) -> list[str]:
 
 
 def record_cells(record: Record) -> list[str]:
-    """Return peak memory, step time and tokens/s/rank as text; `-` where there is none."""
+    """Return peak memory, step time and tokens/s/rank as text; `-` where there is none.
+
+    An emulated step without a modelled communication time has the measured compute alone, and says so.
+    """
+    step = format_seconds(record.step_seconds)
+    if record.step_seconds is None and record.compute_seconds is not None:
+        step = f"{format_seconds(record.compute_seconds)} compute"
     return [
         format_bytes(record.peak_allocated_bytes),
-        format_seconds(record.step_seconds),
+        step,
         format_rate(record.tokens_per_second_per_gpu),
+    ]
+
+
+_EMULATED = ("compute", "comm. modelled", "estimate error")
+_EMULATED_WIDTH = 42
+
+
+def emulation_cells(record: Record) -> list[str]:
+    """Return measured compute, modelled communication, and by how much the estimate of the peak is off."""
+    return [
+        format_seconds(record.compute_seconds),
+        format_seconds(record.communication_seconds),
+        format_error(record.estimate_error),
     ]
 
 
@@ -78,6 +97,9 @@ def print_summary(records: Sequence[Record], console: Console) -> None:
     table.add_column("status", no_wrap=True)
     for name in ("peak memory", "step", "tokens/s/rank"):
         table.add_column(name, justify="right", no_wrap=True)
+    emulated = any(record.mode == "emulate" for record in records)
+    for name in _EMULATED if wide and emulated else ():
+        table.add_column(name, justify="right", no_wrap=True)
     failed = [record for record in records if record.reason]
     if wide and failed:
         table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -85,14 +107,17 @@ def print_summary(records: Sequence[Record], console: Console) -> None:
         status = Text(record.status, style=STATUS_STYLE[record.status])
         cells = [Text(cell) for cell in (*case_cells(record, columns), *record_cells(record))]
         cells.insert(len(columns), status)
+        cells += [Text(cell) for cell in emulation_cells(record)] if wide and emulated else []
         if wide and failed:
             cells.append(Text((record.reason or "").split("\n")[0]))
         table.add_row(*cells)
     console.print(table)
-    room = console.width - _NUMBERS_WIDTH if wide else 0
+    room = console.width - _NUMBERS_WIDTH - (_EMULATED_WIDTH if emulated else 0) if wide else 0
     for record in records:
         reason = record.reason or ""
         texts = [f"warning: {warning}" for warning in record.warnings]
+        if record.compute_seconds is not None and not wide:
+            texts.append(", ".join(map(" ".join, zip(_EMULATED, emulation_cells(record), strict=True))))
         if len(reason) > room or "\n" in reason:
             texts.insert(0, reason)
         for text in texts:

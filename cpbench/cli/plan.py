@@ -18,9 +18,9 @@ from cpbench.cli import flags
 from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question, Recommendation
 from cpbench.disk import refusing_bad_disk
 from cpbench.estimates import PooledEstimates
-from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES, MARGIN, Hardware, load_hardware
+from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES, Hardware, load_hardware, nodes_of
 from cpbench.model_config import load_model
-from cpbench.plan import nodes_of, plan_context
+from cpbench.plan import plan_context
 from cpbench.planned_run import scenario_text, sweep_command, torchrun_line
 from cpbench.report.plan_picture import write_plan_picture
 from cpbench.units import format_bytes, format_length, format_rate, format_seconds, parse_bytes, parse_length
@@ -161,7 +161,7 @@ def _found(question: Question, profile: Hardware, plugins: Sequence[Path]) -> Co
 
 def _print(console: Console, found: ContextPlan) -> None:
     q = found.question
-    uncertainty = _uncertainty(found)
+    uncertainty, margin = _uncertainty(found), load_hardware(q.hardware).margin
     console.print(
         Text(
             f"\nLongest context of {q.model} on {q.hardware}, {format_bytes(q.host_memory_bytes)} host memory a node, "
@@ -184,7 +184,7 @@ def _print(console: Console, found: ContextPlan) -> None:
             console.print(_asked_table(plans))
     console.print(
         Text(
-            f"device: what a rank needs, with a margin of {MARGIN:.0%}, context and communicators; host: what a node "
+            f"device: what a rank needs, with a margin of {margin:.0%}, context, communicators and segments; host: what a node "
             f"needs, with {HOST_MARGIN:.0%} of its memory for the system and {format_bytes(HOST_PROCESS_BYTES)} for "
             "each rank's process"
             + (

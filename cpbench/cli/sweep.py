@@ -211,7 +211,8 @@ def sweep(
         typer.Option(
             min=1,
             metavar="N",
-            help="Machines; start the same command on each. Default: 1.",
+            help="Machines; to measure, start the same command on each. Default: 1; where no ranks run, the nodes that "
+            "they would fill.",
             rich_help_panel=_HOW,
         ),
     ] = None,

@@ -11,14 +11,14 @@ from cpbench.errors import UnknownName, UsageError
 from cpbench.hardware import (
     HOST_MARGIN,
     HOST_PROCESS_BYTES,
-    MARGIN,
+    Hardware,
     fit,
     load_hardware,
     pinnable_bytes,
     profile_names,
 )
 from cpbench.model_config import PRESETS
-from cpbench.units import GIB
+from cpbench.units import GIB, MIB
 
 
 def case() -> Case:
@@ -41,7 +41,8 @@ def test_every_profile_loads_and_names_its_sources(name: str) -> None:
     """Each number of a built-in profile has a source."""
     profile = load_hardware(name)
 
-    numbers = {key for key, value in profile if isinstance(value, int)}
+    numbers = {key for key, value in profile if isinstance(value, int | float)}
+    numbers |= {f"allocator.{key}" for key, _ in profile.allocator}
     assert profile.rates is not None
     numbers |= {key for key, value in profile.rates if isinstance(value, int | float)}
     numbers |= {f"attention.{kernel}" for kernel in profile.rates.attention}
@@ -51,8 +52,10 @@ def test_every_profile_loads_and_names_its_sources(name: str) -> None:
 def test_a_profile_without_rates_is_one_without_time(tmp_path: Path) -> None:
     """Rates may be left out of one's own profile; what is there must be whole."""
     text = (
-        'gpu = "mine"\ngpus_per_node = 2\ndevice_memory_bytes = 1\ncontext_bytes = 0\n'
-        "communicator_bytes = 0\nhost_memory_bytes = 1\n{rates}[sources]\n"
+        'gpu = "mine"\ngpus_per_node = 2\ndevice_memory_bytes = 1\nusable_memory_bytes = 1\nmargin = 0.0\n'
+        "context_bytes = 0\ncommunicator_bytes = 0\nhost_memory_bytes = 1\n"
+        "[allocator]\nrounding_bytes = 1\nsmall_segment_bytes = 0\nlarge_segment_bytes = 0\n"
+        "{rates}[sources]\n"
     )
     path = tmp_path / "mine.toml"
     path.write_text(text.format(rates=""), encoding="utf-8")
@@ -64,15 +67,44 @@ def test_a_profile_without_rates_is_one_without_time(tmp_path: Path) -> None:
 
 
 def test_a_case_fits_until_margin_and_overheads_are_spent() -> None:
-    """The device limit includes context, communicators and margin; the reason says by how much it is short."""
+    """What programs can have holds context, communicators, segments and margin; the reason says what is short."""
     hardware = load_hardware("h100-80g")
-    room = hardware.device_memory_bytes - hardware.context_bytes - 2 * hardware.communicator_bytes
-    most = int(room / (1 + MARGIN))
+    room = hardware.usable_memory_bytes - hardware.context_bytes - 2 * hardware.communicator_bytes
+    room -= 4 * 22 * MIB + 32 * 4 * 14 * 512
+    most = int(room / 1.03)
 
     assert fit(case(), hardware, peak_bytes=most, host_bytes=0).status == "ok"
     over = fit(case(), hardware, peak_bytes=most + GIB, host_bytes=0)
     assert over.status == "oom_device"
     assert "short by 1.03 GiB" in (over.reason or "")
+
+
+def test_the_margin_and_the_segments_are_those_of_the_profile() -> None:
+    """A profile that states none of them takes what is counted, and one that states more takes more."""
+    real = load_hardware("h100-80g")
+    none = real.allocator.model_copy(
+        update={"rounding_bytes": 1, "small_segment_bytes": 0, "large_segment_bytes": 0}
+    )
+    bare = real.model_copy(
+        update={"margin": 0.0, "allocator": none, "context_bytes": 0, "communicator_bytes": 0}
+    )
+    wide = bare.model_copy(update={"margin": 0.5})
+    coarse = bare.model_copy(update={"allocator": none.model_copy(update={"large_segment_bytes": GIB})})
+
+    def needed(hardware: Hardware) -> int:
+        return fit(case(), hardware, peak_bytes=10 * GIB, host_bytes=0).device_needed_bytes
+
+    assert needed(bare) - 10 * GIB < MIB
+    assert needed(wide) - needed(bare) == 5 * GIB
+    assert needed(coarse) - needed(bare) == 4 * GIB
+
+
+@pytest.mark.parametrize("name", sorted(profile_names()))
+def test_programs_cannot_have_all_of_a_device(name: str) -> None:
+    """What the runtime gives out is some part of a percent less than what the driver reports."""
+    profile = load_hardware(name)
+
+    assert 0.95 < profile.usable_memory_bytes / profile.device_memory_bytes < 1
 
 
 def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:

@@ -20,21 +20,27 @@ BROKEN = {
 }
 FOUND_BY = {
     "broken-causality": {"causality", "causality (backward)", "out"},
-    "broken-costs": {"sent (backward)"},
+    "broken-costs": {"sent (forward)", "sent (backward)"},
+    "broken-fpdt-keys": {"dwk", "dx", "dwk (checkpoint)", "grad norm (plain)"},
+    "broken-fpdt-order": {"out", "causality", "causality (backward)", "dwq", "loss (plain)"},
     "broken-head-order": {"out", "out (heads permuted)", "dwo (heads permuted)"},
     "broken-peak": {"peak (forward)", "peak (backward)"},
     "broken-recomputation": {"out (checkpoint)", "dx (attention saved)", "grad norm (long)"},
     "broken-replicas": {"dwk", "dwv", "dx (checkpoint)", "grad norm (plain)"},
-    "broken-ring": {"out", "dx", "causality"},
+    "broken-ring": {"out", "dx", "causality", "sent (forward)"},
+    "broken-ring-home": {"dwk", "dwv", "peak (backward)", "sent (backward)", "grad norm (plain)"},
     "broken-rotation": {"out", "dwq", "loss (plain)", "grad norm (plain)"},
+    "broken-usp-causality": {"out", "causality", "causality (backward)", "loss (plain)"},
 }
-"""Checks that must fail for a fault, among others; of a method that is not named, any."""
+"""Checks that must fail for a fault, among others."""
 NOT_FOUND_BY = {
     "broken-causality": {"out (heads permuted)"},
-    "broken-costs": {"out", "dx", "sent (forward)", "grad norm (long)"},
+    "broken-costs": {"out", "dx", "peak (forward)", "grad norm (long)"},
+    "broken-fpdt-keys": {"out", "dwq", "dwv", "causality", "loss (plain)"},
     "broken-peak": {"out", "dx", "sent (forward)", "sent (backward)", "grad norm (long)"},
     "broken-recomputation": {"out", "dx", "dwq", "grad norm (plain)"},
     "broken-replicas": {"out", "causality"},
+    "broken-ring-home": {"out", "dwq", "causality", "sent (forward)"},
 }
 """Checks that do not see a fault, so that what finds it is known."""
 
@@ -157,9 +163,9 @@ def test_planted_faults_are_found() -> None:
         report
     )
     for name, result in found.items():
-        assert failed(result) >= FOUND_BY.get(name, set()), name
+        assert failed(result) >= FOUND_BY[name], name
         assert not failed(result) & NOT_FOUND_BY.get(name, set()), name
-    assert set(FOUND_BY) <= set(found)
+    assert set(FOUND_BY) == set(found)
 
 
 @pytest.mark.slow
