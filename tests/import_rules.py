@@ -25,7 +25,7 @@ NOUNS = """
 ORCHESTRATOR = """
     __main__ cli.* report.* bracket disk doctor estimate_pool estimator expand explain folders gpu_checks interrupt
     launch mode outcome plan planned_run progress provenance published recommendation run_folder slurm summary
-    supervise sweep verify
+    supervise sweep text_table verify
 """
 MEASURED = """
     worker verify_worker explain_worker estimate_server estimate_worker resolve probe parity.* block_count block_log
