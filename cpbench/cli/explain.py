@@ -82,6 +82,15 @@ def explain_(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    stack_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
+            "save_attention or host_budget_bytes; repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="METHOD.FIELD=VALUE", help="Option of a method.", rich_help_panel=_WHAT),
@@ -130,7 +139,7 @@ def explain_(
     asked = {key: values for key, values in axes.items() if values}
     plugins: tuple[Path, ...] = tuple(path.absolute() for path in plugin or ())
     if run is not None:
-        if asked or option or plugin or hardware:
+        if asked or option or stack_option or plugin or hardware:
             raise UsageError("name a RUN with its CASE, or describe cases by flags, not both")
         cases, plugins = cases_of_run(_folder(run, runs), case or [])
         if not cases:
@@ -140,6 +149,7 @@ def explain_(
         raw["sweep"] |= asked
         raw["run"] |= {"mode": "estimate"} | ({"hardware": hardware} if hardware else {})
         raw["options"] = flags.option_sets(option)
+        raw["stack"] |= flags.stack_changes(stack_option)
         chosen = flags.choice("--device", device, get_args(Device))
         cases = build_scenario(raw).expand(mode="estimate", device="cpu" if chosen == "cpu" else "cuda")
     if len(cases) > _MOST_CASES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from cpbench.case import OptionValue
+from cpbench.case import OptionValue, Stack
 from cpbench.errors import UnknownName, UsageError
 from cpbench.units import parse_length
 
@@ -69,6 +69,30 @@ def option_sets(values: Sequence[str] | None) -> dict[str, dict[str, list[Option
                 f"--option {text!r} is not of the form method.field=value, like upipe.stage_heads=8"
             )
         found.setdefault(method, {}).setdefault(field, []).extend(_value(item) for item in items)
+    return found
+
+
+def stack_changes(values: Sequence[str] | None) -> dict[str, OptionValue]:
+    """Return changes to the stack by field.
+
+    Args:
+        values: texts like `optimizer_offload=true`.
+
+    Raises:
+        UsageError: a text has another form, a field is unknown, or is given twice.
+    """
+    found: dict[str, OptionValue] = {}
+    for text in values or ():
+        field, equals, value = (part.strip() for part in text.partition("="))
+        if not (equals and field and value):
+            raise UsageError(
+                f"--stack-option {text!r} is not of the form FIELD=VALUE, like optimizer_offload=true"
+            )
+        if field not in Stack.model_fields:
+            raise UnknownName("stack option", field, Stack.model_fields)
+        if field in found:
+            raise UsageError(f"--stack-option {field} is given twice; a stack has one value of each option")
+        found[field] = _value(value)
     return found
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from cpbench import slurm
+from cpbench.durations import too_short
 from cpbench.errors import UsageError
 from cpbench.expand import Plan, plan_sweep
 from cpbench.folders import scenario_folders
+from cpbench.hardware import load_hardware
 from cpbench.launch import Nodes
 from cpbench.run_folder import RunFolder, checked_name
 from cpbench.scenario import Scenario, build_scenario, load_scenario
@@ -26,6 +29,7 @@ class SweepRequest:
     axes: dict[str, Any]
     run: dict[str, Any]
     options: dict[str, Any]
+    stack: dict[str, Any]
     plugins: tuple[Path, ...]
     name: str | None
     runs: Path
@@ -39,7 +43,7 @@ class SweepRequest:
     def says_what(self) -> bool:
         """Whether any flag describes cases, as opposed to naming a run to resume."""
         shaping = {key for key in self.run if key != "timeout_seconds"}
-        return bool(self.scenario or self.axes or shaping or self.options or self.plugins)
+        return bool(self.scenario or self.axes or shaping or self.options or self.stack or self.plugins)
 
 
 def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
@@ -65,13 +69,24 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
     errors = Console(stderr=True)
     waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
     with waiting:
-        return plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm), nodes
+        plan = plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm)
+    run = plan.scenario.run
+    warning = too_short(
+        [item.case for item in plan.cases if not item.unsupported],
+        load_hardware(run.hardware),
+        name=run.hardware,
+        timeout_seconds=run.timeout_seconds,
+    )
+    if warning:
+        errors.print(Text(f"warning: {warning}"), soft_wrap=not errors.is_terminal)
+    return plan, nodes
 
 
 def _with_flags(base: Scenario, request: SweepRequest) -> Scenario:
     raw = base.model_dump(exclude_none=True)
     raw["sweep"] |= request.axes
     raw["run"] |= request.run
+    raw["stack"] |= request.stack
     for method, fields in request.options.items():
         if method not in raw["sweep"]["method"]:
             raise UsageError(

@@ -118,6 +118,15 @@ def sweep(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    stack_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
+            "save_attention or host_budget_bytes; repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -300,6 +309,7 @@ def sweep(
         axes={key: values for key, values in axes.items() if values},
         run={key: value for key, value in run.items() if value is not None},
         options=flags.option_sets(option),
+        stack=flags.stack_changes(stack_option),
         plugins=tuple(plugin or ()),
         name=name,
         runs=runs,

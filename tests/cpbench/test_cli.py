@@ -16,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import cpbench.cli.sweep as sweep_command
-from cpbench.case import Case
+from cpbench.case import STACKS, Case
 from cpbench.cli import app
 from cpbench.expand import ResolvedCase
 from cpbench.record import read_record
@@ -40,6 +40,7 @@ SURFACE = {
         "--runs",
         "--seqlen",
         "--stack",
+        "--stack-option",
         "--world",
     },
     "list": {"--json", "--plugin"},
@@ -83,6 +84,7 @@ SURFACE = {
         "--seed",
         "--seqlen",
         "--stack",
+        "--stack-option",
         "--steps",
         "--timeout",
         "--warmup",
@@ -196,6 +198,10 @@ BAD = [
     (["--timeout", "-1"], "timeout_seconds"),
     (["--option", "upipe"], "method.field=value"),
     (["--option", "ring.x=1", "--method", "upipe"], "add --method ring"),
+    (["--stack-option", "tile_mpl=true"], "did you mean 'tile_mlp'"),
+    (["--stack-option", "tile_mlp"], "FIELD=VALUE"),
+    (["--stack-option", "tile_mlp=maybe"], "tile_mlp"),
+    (["--stack-option", "tile_mlp=true", "--stack-option", "tile_mlp=false"], "given twice"),
     (["--plugin", "missing.py"], "missing.py"),
     (["--name", "../up"], "run name"),
     (["--resume"], "--resume needs --name"),
@@ -314,6 +320,33 @@ def test_flags_override_the_scenario(resolved: list[Case]) -> None:
         7,
         "smoke",
     )
+
+
+def test_stack_options_change_every_case(resolved: list[Case]) -> None:
+    """--stack-option sets single parts of the stack, as a scenario's [stack] table does."""
+    changes = ("optimizer_offload=true", "save_attention=auto", "host_budget_bytes=1.5TiB", "tile_mlp=false")
+    flags = [part for change in changes for part in ("--stack-option", change)]
+    invoke("sweep", "--method", "ring", "--world", "2", *SMALL, *flags, "--dry-run")
+    (case,) = resolved
+    assert case.stack == STACKS["long"].model_copy(
+        update={
+            "optimizer_offload": True,
+            "save_attention": "auto",
+            "host_budget_bytes": 3 * 2**39,
+            "tile_mlp": False,
+        }
+    )
+
+
+@pytest.mark.usefixtures("resolved")
+@pytest.mark.parametrize(("timeout", "warned"), [("1800", True), ("200000", False)])
+def test_a_time_limit_that_cannot_suffice_is_said(timeout: str, warned: bool) -> None:
+    """A case that takes longer than --timeout even at the peak of the devices is warned of, with a better limit."""
+    flags = ["--method", "upipe", "--seqlen", "5M", "--mode", "emulate", "--device", "cuda"]
+    code, _, err = invoke("sweep", *flags, "--timeout", timeout, "--dry-run")
+    assert code == 0
+    assert ("1 case cannot end within --timeout 1800" in err) == warned
+    assert ("try --timeout" in err) == warned
 
 
 @pytest.mark.slow
