@@ -218,7 +218,7 @@ def test_numbers_that_a_method_refuses_are_no_question_of_memory() -> None:
 
 def test_the_command_gives_the_steps_time_enough() -> None:
     """Long steps are timed once, short ones three times; the limit is twice all steps and a start, in both forms."""
-    for seconds, steps, limit in ((1e-5, 3, 1800), (3e-3, 1, 38400)):
+    for seconds, steps, limit in ((1e-5, 3, 1800), (3e-3, 1, 31200)):
         found = planned(MadeUp(ulysses=(9000, 1000, seconds)), seq_len=2 * MIB)
         choice = found.recommended
         assert choice is not None
