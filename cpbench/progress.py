@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cpbench.case import Case
+from cpbench.errors import without_name
 from cpbench.expand import Plan
 from cpbench.launch import Progress
 from cpbench.record import Record
@@ -104,7 +105,7 @@ def one_line(record: Record, title: str, *, kept: bool = False) -> str:
             parts.append(f"step {format_seconds(record.step_seconds)}")
             parts.append(f"{format_rate(record.tokens_per_second_per_gpu)} tokens/s/rank")
     elif record.reason:
-        parts.append(record.reason.splitlines()[0])
+        parts.append(without_name(record.reason, record.method).splitlines()[0])
     parts.append("(kept)" if kept else f"({format_seconds(record.duration_seconds)})")
     return "  ".join(parts)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cpbench.case import STACKS, Case
+from cpbench.errors import without_name
 from cpbench.expand import ResolvedCase
 from cpbench.record import Record, Status
 from cpbench.text_table import Row, TextColumn, TextTable
@@ -136,7 +137,7 @@ def print_summary(records: Sequence[Record], console: Console) -> None:
 
     console.print(case_table(records, cells, RESULTS, names=names, width=console.width))
     for record in records:
-        reasons = [record.reason] if record.reason else []
+        reasons = [without_name(record.reason, record.method)] if record.reason else []
         for text in (*reasons, *(f"warning: {warning}" for warning in record.warnings)):
             line = Text(f"{names.title(record)}  {record.status}: {text}")
             console.print(line, soft_wrap=not console.is_terminal)

@@ -10,18 +10,30 @@ from cpbench.errors import UnknownName, UsageError
 from cpbench.units import parse_length
 
 
-def split(values: Sequence[str] | None) -> list[str]:
-    """Return the items of a repeated flag whose values may be lists with commas."""
-    return [item.strip() for value in values or () for item in value.split(",") if item.strip()]
+def split(flag: str, values: Sequence[str] | None) -> list[str]:
+    """Return the items of a repeated flag whose values may be lists with commas; none if it is not given.
+
+    Raises:
+        UsageError: it is given without a value, as by an unset variable of a shell.
+    """
+    found: list[str] = []
+    for value in values or ():
+        items = [item.strip() for item in value.split(",") if item.strip()]
+        if not items:
+            raise UsageError(
+                f"{flag} {value!r} has no value; give one, or leave the flag out for its default"
+            )
+        found += items
+    return found
 
 
-def lengths(values: Sequence[str] | None) -> list[int]:
+def lengths(flag: str, values: Sequence[str] | None) -> list[int]:
     """Return sequence lengths in tokens.
 
     Raises:
-        UsageError: one is not a positive length.
+        UsageError: one is not a positive length, or `flag` is empty.
     """
-    return [parse_length(item) for item in split(values)]
+    return [parse_length(item) for item in split(flag, values)]
 
 
 def counts(flag: str, values: Sequence[str] | None) -> list[int]:
@@ -31,7 +43,7 @@ def counts(flag: str, values: Sequence[str] | None) -> list[int]:
         UsageError: one is not, naming `flag`.
     """
     found = []
-    for item in split(values):
+    for item in split(flag, values):
         if not item.isdecimal() or int(item) < 1:
             raise UsageError(f"{flag} {item!r} is not a whole number from 1 up")
         found.append(int(item))

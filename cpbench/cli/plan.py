@@ -15,7 +15,8 @@ from cpbench import registry
 from cpbench.case import Dtype
 from cpbench.cli import flags
 from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question
-from cpbench.disk import refusing_bad_disk
+from cpbench.disk import refusing_bad_disk, require_writable
+from cpbench.errors import without_name
 from cpbench.estimator import Estimator
 from cpbench.hardware import Hardware, load_hardware
 from cpbench.model_config import load_model
@@ -102,7 +103,7 @@ def plan(
     name, architecture = load_model(model)
     profile = load_hardware(hardware)
     question = Question(
-        methods=_methods(flags.split(method), plugins),
+        methods=_methods(flags.split("--method", method), plugins),
         model=name,
         architecture=architecture,
         worlds=tuple(dict.fromkeys(flags.counts("--world", world))) or (8,),
@@ -115,8 +116,7 @@ def plan(
     for ranks in question.worlds:
         nodes_of(ranks, profile)
     if not as_json:
-        with refusing_bad_disk(out):
-            out.mkdir(parents=True, exist_ok=True)
+        require_writable(out, flag="--out")
     found = _found(question, profile, plugins)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -124,7 +124,7 @@ def plan(
     console = Console()
     _print(console, found)
     files = _Files(out, model, plugins)
-    with refusing_bad_disk(out):
+    with refusing_bad_disk(out, flag="--out"):
         _print_recommendation(console, found, files)
         picture = write_plan_picture(found, out / "plan.png")
         (out / "plan.json").write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -208,7 +208,9 @@ def _longest_table(plans: Sequence[MethodPlan]) -> TextTable:
     for plan in sorted(plans, key=lambda plan: -(plan.longest.seq_len if plan.longest else 0)):
         if plan.longest is None:
             numbers: tuple[str, ...] = ("-",) * 5
-            then = f"{plan.ended_by}: {plan.reason}" if plan.reason else plan.ended_by
+            then = (
+                f"{plan.ended_by}: {without_name(plan.reason, plan.method)}" if plan.reason else plan.ended_by
+            )
         else:
             numbers = (format_length(plan.longest.seq_len), *_numbers(plan.longest))
             then = f"then {_then(plan)}"
@@ -222,7 +224,7 @@ def _asked_table(plans: Sequence[MethodPlan]) -> TextTable:
         point = plan.asked
         if point is None:
             numbers: tuple[str, ...] = ("-",) * 5
-            why = plan.asked_reason or plan.reason or plan.ended_by
+            why = without_name(plan.asked_reason or plan.reason or plan.ended_by, plan.method)
         else:
             numbers = (*_numbers(point), "-" if point.mfu is None else f"{point.mfu:.1%}")
             why = "fits" if point.status == "ok" else _short(point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from cpbench import slurm
+from cpbench import registry, slurm
 from cpbench.durations import too_short
 from cpbench.errors import UsageError
 from cpbench.expand import Plan, plan_sweep
@@ -62,6 +63,7 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
         base = load_scenario(request.scenario, folders=scenario_folders())
     else:
         base = Scenario()
+    idle = base.idle_rules()
     scenario = _with_flags(base, request)
     if request.slurm:
         scenario = slurm.pinned(scenario)
@@ -77,8 +79,11 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
         name=run.hardware,
         timeout_seconds=run.timeout_seconds,
     )
-    if warning:
-        errors.print(Text(f"warning: {warning}"), soft_wrap=not errors.is_terminal)
+    warnings = [
+        f"the exclude rule {rule.words} of scenario {base.name!r} matches none of its cases" for rule in idle
+    ]
+    for text in (*warnings, *([warning] if warning else [])):
+        errors.print(Text(f"warning: {text}"), soft_wrap=not errors.is_terminal)
     return plan, nodes
 
 
@@ -87,14 +92,27 @@ def _with_flags(base: Scenario, request: SweepRequest) -> Scenario:
     raw["sweep"] |= request.axes
     raw["run"] |= request.run
     raw["stack"] |= request.stack
+    check_options(request.options, raw["sweep"]["method"], request.plugins)
     for method, fields in request.options.items():
-        if method not in raw["sweep"]["method"]:
-            raise UsageError(
-                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods of this sweep "
-                f"({', '.join(raw['sweep']['method'])}); add --method {method}"
-            )
         raw["options"][method] = raw["options"].get(method, {}) | fields
     return build_scenario(raw)
+
+
+def check_options(
+    options: Mapping[str, Mapping[str, object]], methods: Sequence[str], plugins: Sequence[Path]
+) -> None:
+    """Refuse options of methods that do not exist, or that are not asked for.
+
+    Raises:
+        UsageError: saying which of both.
+    """
+    for method, fields in options.items():
+        if method not in methods:
+            registry.require(method, plugins)
+            raise UsageError(
+                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods asked for "
+                f"({', '.join(methods)}); add --method {method}"
+            )
 
 
 def _nodes(count: int, request: SweepRequest) -> Nodes:

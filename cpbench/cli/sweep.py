@@ -284,13 +284,15 @@ def sweep(
 ) -> None:
     """Run every case of a scenario, or of the flags, and keep a record of each."""
     axes = {
-        "method": flags.split(method),
-        "model": flags.split(model),
-        "seq_len": flags.lengths(seqlen),
+        "method": flags.split("--method", method),
+        "model": flags.split("--model", model),
+        "seq_len": flags.lengths("--seqlen", seqlen),
         "world_size": flags.counts("--world", world),
         "batch_size": flags.counts("--batch", batch),
-        "dtype": [str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split(dtype)],
-        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split(stack)],
+        "dtype": [
+            str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split("--dtype", dtype)
+        ],
+        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split("--stack", stack)],
     }
     run = {
         "mode": flags.choice("--mode", mode, _MODES),

@@ -180,7 +180,7 @@ BAD = [
     (["--method", "rng"], "did you mean 'ring'"),
     (["--model", "tyny"], "did you mean 'tiny'"),
     (["--scenario", "smok"], "did you mean 'smoke'"),
-    (["--scenario", "missing.toml"], "cannot be read"),
+    (["--scenario", "missing.toml"], "missing.toml cannot be read: No such file or directory"),
     (["--seqlen", "abc"], "'abc' is not a positive number"),
     (["--seqlen", "0"], "at least 1"),
     (["--seqlen=-4"], "'-4' is not a positive number"),
@@ -202,6 +202,14 @@ BAD = [
     (["--stack-option", "tile_mlp"], "FIELD=VALUE"),
     (["--stack-option", "tile_mlp=maybe"], "tile_mlp"),
     (["--stack-option", "tile_mlp=true", "--stack-option", "tile_mlp=false"], "given twice"),
+    (["--seqlen", ""], "--seqlen '' has no value"),
+    (["--method", ""], "--method '' has no value"),
+    (["--world", ","], "--world ',' has no value"),
+    (["--model", ""], "--model '' has no value"),
+    (["--seqlen", "99999999999999M"], "more than 1024M tokens"),
+    (["--seqlen", "9" * 5000], "more than 1024M tokens"),
+    (["--hardware", "h100"], "did you mean 'h100-80g'"),
+    (["--option", "ulises.x=1"], "unknown method 'ulises'; did you mean 'ulysses'"),
     (["--plugin", "missing.py"], "missing.py"),
     (["--name", "../up"], "run name"),
     (["--resume"], "--resume needs --name"),
@@ -237,7 +245,7 @@ def test_a_bad_scenario_file_is_refused(text: str, tmp_path: Path, empty_folder:
     file.write_text(text, encoding="utf-8")
     code, _, err = invoke("sweep", "--scenario", str(file))
     assert code == 2
-    assert "'mine'" in err
+    assert f"'mine' (file {file})" in err
     assert list(empty_folder.iterdir()) == []
 
 
@@ -390,10 +398,54 @@ def test_lists_as_text_and_json(kind: str, name: str) -> None:
 
 
 def test_an_unknown_list_is_refused() -> None:
-    """A kind that cannot be listed is a usage error that names those that can."""
-    code, _, err = invoke("list", "things")
+    """A kind that cannot be listed is a usage error that names those that can, and the nearest."""
+    code, _, err = invoke("list", "method")
     assert code == 2
-    assert "methods" in err
+    assert "did you mean 'methods'? Known: hardware, methods, models, scenarios" in err
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--method"), ("explain", "--seqlen"), ("verify", "--method")])
+def test_an_empty_value_is_no_default(arguments: tuple[str, str], empty_folder: Path) -> None:
+    """What an unset variable of a shell leaves is refused by every command, before anything runs."""
+    code, _, err = invoke(*arguments, "")
+    assert code == 2
+    assert f"{arguments[1]} '' has no value" in err
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["plan", "explain"])
+def test_a_folder_that_cannot_be_written_is_said_first(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--out is named, not --runs, and no estimate has run."""
+
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("an estimate ran")
+
+    monkeypatch.setattr(f"cpbench.cli.{command}._{'found' if command == 'plan' else 'explained'}", unexpected)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    code, _, err = invoke(command, "--out", str(tmp_path / "file" / "out"))
+    assert code == 2
+    assert "choose another place with --out" in err
+    assert "run" not in err.replace(str(tmp_path), "")
+
+
+@pytest.mark.usefixtures("resolved")
+def test_exclude_rules_that_do_nothing_are_said(tmp_path: Path) -> None:
+    """A rule with an unknown method is refused; one that matches no case of its scenario is warned of."""
+    text = "[sweep]\nmethod = 'ring'\nmodel = 'tiny'\n[[exclude]]\nmethod = '{}'\n"
+    file = tmp_path / "mine.toml"
+    file.write_text(text.format("rng"), encoding="utf-8")
+    code, _, err = invoke("sweep", "--scenario", str(file), "--dry-run", "--device", "cpu")
+    assert (code, "unknown method of an [[exclude]] rule 'rng'; did you mean 'ring'" in err) == (2, True)
+    file.write_text(text.format("upipe"), encoding="utf-8")
+    code, _, err = invoke("sweep", "--scenario", str(file), "--dry-run", "--device", "cpu")
+    assert (code, "rule method = upipe of scenario 'mine' matches none" in err) == (0, True)
+    file.write_text(text.replace("'ring'", "['ring', 'upipe']").format("upipe"), encoding="utf-8")
+    code, _, err = invoke(
+        "sweep", "--scenario", str(file), "--method", "ring", "--dry-run", "--device", "cpu"
+    )
+    assert (code, err) == (0, "")
 
 
 def test_report_of_an_unknown_run_is_refused(empty_folder: Path) -> None:

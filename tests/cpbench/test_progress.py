@@ -125,6 +125,14 @@ def test_plain_lines_survive_brackets_and_width() -> None:
     assert "second line" not in text_of(console)
 
 
+def test_a_reason_does_not_say_the_method_twice() -> None:
+    """Methods begin their reasons with their name, which a line of a case has already."""
+    plan = plan_of(1)
+    console = terminal(200)
+    print_summary([failed(plan.cases[0].case, "single: seq_len=7 is not divisible")], console)
+    assert "error: seq_len=7" in text_of(console)
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_summary_shows_reasons_at_any_width(width: int) -> None:
     """The table fits, and every reason can be read in full below it."""
