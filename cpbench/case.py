@@ -22,6 +22,8 @@ Device = Literal["cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16"]
 AttentionBackend = Literal["auto", "cpu-flash", "cuda-flash", "cudnn"]
 OptionValue = bool | int | float | str
+TRACED_STEPS = 2
+"""Steps of a measured case under the memory trace; they count as warm-up.  An emulated case leaves the first out."""
 
 
 class Stack(BaseModel):

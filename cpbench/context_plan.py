@@ -51,7 +51,10 @@ class Point(BaseModel):
     """Part by which the modelled time may be off."""
 
 
-End = Literal["device memory", "host memory", "limit of the search", "cannot run", "estimate failed"]
+End = Literal[
+    "device memory", "host memory", "limit of the search", "divisibility", "cannot run", "estimate failed"
+]
+"""divisibility: the method refuses the numbers, as where ranks do not divide heads, not the need for memory."""
 
 
 class MethodPlan(BaseModel):

@@ -18,7 +18,7 @@ and exits.  A message says what was wrong with the value, what is allowed, and w
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class CpbenchError(Exception):
@@ -73,8 +73,23 @@ class MethodUnavailable(CpbenchError):
     """A method exists but cannot be loaded, for example because an optional package is missing."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name closest to `name`, or None when none is close."""
+def without_name(reason: str, method: str) -> str:
+    """Return a method's reason without the name that it begins with, where the name stands before it already."""
+    return reason.removeprefix(f"{method}: ")
+
+
+_OTHER_NAMES = {"gpu": "cuda", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
+"""What people say for some values."""
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Return the known name closest to `name`, best one that begins with it, or None when none is close."""
+    known = list(known)
+    if _OTHER_NAMES.get(name.lower()) in known:
+        return _OTHER_NAMES[name.lower()]
+    starts = [known_name for known_name in known if name and known_name.lower().startswith(name.lower())]
+    if starts:
+        return min(starts, key=len)
     matches = difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.5)
     if not matches:
         return None

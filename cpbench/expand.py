@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cpbench import registry
 from cpbench.case import Case, Device
-from cpbench.errors import UsageError
+from cpbench.errors import UnknownName, UsageError, without_name
 from cpbench.hardware import load_hardware
 from cpbench.launch import child_environment
 from cpbench.machine import usable_cpus, visible_gpus
@@ -75,6 +75,10 @@ def plan_sweep(
     plugins = tuple(path.absolute() for path in plugins)
     for name in dict.fromkeys((*scenario.sweep.method, *scenario.options)):
         registry.require(name, plugins)
+    known = registry.method_files(plugins)
+    for name in (name for rule in scenario.exclude for name in rule.method or ()):
+        if name not in known:
+            raise UnknownName("method of an [[exclude]] rule", name, known)
     gpus = len(visible_gpus()[0])
     choice = chosen_mode(scenario)
     run = scenario.run.model_copy(update={"mode": choice.mode, "device": choice.device})
@@ -88,7 +92,9 @@ def plan_sweep(
     ]
     cases = tuple({item.case.case_id: item for item in limited}.values())
     if all(item.unsupported for item in cases):
-        lines = dict.fromkeys(f"{item.case.title}: {item.unsupported}" for item in cases)
+        lines = dict.fromkeys(
+            f"{item.case.title}: {without_name(str(item.unsupported), item.case.method)}" for item in cases
+        )
         raise UsageError("none of the requested cases can run:\n  " + "\n  ".join(lines))
     return Plan(
         scenario=scenario.model_copy(update={"run": run}), choice=choice, cases=cases, plugins=plugins

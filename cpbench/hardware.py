@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from cpbench.case import Case
 from cpbench.errors import UnknownName, UsageError
+from cpbench.plain_words import problems_of
 from cpbench.units import GIB, format_bytes
 
 _FOLDER = Path(__file__).resolve().parent / "profiles"
@@ -160,9 +161,7 @@ def load_hardware(name: str) -> Hardware:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"hardware profile {path} cannot be read: {error}") from error
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise UsageError(f"hardware profile {path}: {where}: {problem['msg']}") from error
+        raise UsageError(f"hardware profile {path}: " + "\n  ".join(problems_of(error, Hardware))) from error
 
 
 def host_bytes_of(case: Case, hardware: Hardware) -> int:

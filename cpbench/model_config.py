@@ -188,6 +188,8 @@ def load_model(name: str) -> tuple[str, ModelConfig]:
     if name in PRESETS:
         return name, PRESETS[name]
     path = Path(name)
+    if not name.strip():
+        raise UnknownName("model", name, PRESETS)
     if path.suffix == ".json" or path.exists():
         path = path / "config.json" if path.is_dir() else path
         return path.parent.name or path.stem, _from_hugging_face(path)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from cpbench.durations import longer_timeout
 from cpbench.launch import Exit, Job, read_progress
 from cpbench.record import RankFailure, Status, WorkerReport
 from cpbench.units import format_seconds
@@ -127,7 +128,9 @@ def _timeout_reason(job: Job) -> str:
     where = (
         f", in {progress.phase} {progress.done}/{progress.total}" if progress else ", before its first step"
     )
-    return f"no result after {format_seconds(job.timeout_seconds)}{where}; allow more with --timeout"
+    longer = progress and longer_timeout(job.timeout_seconds, progress.done, progress.total)
+    more = f"--timeout, at this pace about --timeout {longer}" if longer else "--timeout"
+    return f"no result after {format_seconds(job.timeout_seconds)}{where}; allow more with {more}"
 
 
 def _failures(scratch: Path) -> list[RankFailure]:

@@ -8,6 +8,7 @@ length fits is always the estimate of that very length; the neighbour one step f
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ STEP = 65536
 LIMIT = 64 * MIB
 """Longer contexts are not searched for."""
 _STACK = "long"
+_DIVIDES = re.compile(r"divi(?:de|sib)|multiple of")
 _FIRST_TOKENS = MIB // 8
 """Tokens of a rank that the search starts with."""
 _SLOW_FIRST = ("fpdt", "upipe")  # their estimates take longest, so they start first
@@ -121,7 +123,7 @@ class _Search:
         best, problem = yield from self._best(configurations)
         common: dict[str, Any] = {"method": self.method, "world_size": self.world, "nodes": self.nodes}
         if best is None:
-            ended: End = "estimate failed" if problem is not None and problem.failed else "cannot run"
+            ended = _ended(problem)
             return MethodPlan(
                 **common, configuration=configurations[0], ended_by=ended, reason=str(problem or "")
             )
@@ -298,6 +300,13 @@ class _Search:
             mfu=record.mfu,
             uncertainty=None if record.modelled is None else record.modelled.uncertainty,
         )
+
+
+def _ended(problem: _FailedError | None) -> End:
+    """Why a method has no context at all."""
+    if problem is not None and problem.failed:
+        return "estimate failed"
+    return "divisibility" if problem is not None and _DIVIDES.search(str(problem)) else "cannot run"
 
 
 def _told(answer: MethodPlan) -> str:

@@ -1,4 +1,4 @@
-"""How to run what a plan recommends: the sweep's command, the scenario where flags do not suffice, torchrun's line."""
+"""How to run what a plan recommends: the sweep's command, the same as a scenario, torchrun's line, the time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from cpbench.case import TRACED_STEPS
 from cpbench.context_plan import Question, Recommendation
+from cpbench.durations import SAFETY, START_SECONDS, StepBudget, step_budget
 from cpbench.launch import WORKER
 from cpbench.scenario import RunSettings
-from cpbench.units import format_length
+from cpbench.units import format_length, format_seconds
 
 
 def sweep_command(
@@ -19,7 +21,6 @@ def sweep_command(
     model: str,
     host_ram: str | None = None,
     plugins: Sequence[Path] = (),
-    scenario: Path | None = None,
 ) -> list[str]:
     """Return the `cpbench sweep` command that measures a recommendation; with another `--mode` it estimates it.
 
@@ -29,23 +30,21 @@ def sweep_command(
         model: as the user named it.
         host_ram: as the user gave it; None if the profile's was taken.
         plugins: files of further methods.
-        scenario: a file with all of it; None to say it by flags.
     """
+    c = choice.configuration
     command = ["cpbench", "sweep", "--mode", "measure", "--device", "cuda"]
-    if scenario is not None:
-        command += ["--scenario", str(scenario)]
-    else:
-        c = choice.configuration
-        command += ["--method", c.method, "--model", model, "--seqlen", format_length(choice.point.seq_len)]
-        command += ["--world", str(choice.world_size)]
-        for key, value in c.options.items():
-            command += ["--option", f"{c.method}.{key}={_text(value)}"]
-        if question.batch_size != 1:
-            command += ["--batch", str(question.batch_size)]
-        if question.dtype != "bfloat16":
-            command += ["--dtype", question.dtype]
-        if question.hardware != RunSettings().hardware:
-            command += ["--hardware", question.hardware]
+    command += ["--method", c.method, "--model", model, "--seqlen", format_length(choice.point.seq_len)]
+    command += ["--world", str(choice.world_size)]
+    for key, value in c.options.items():
+        command += ["--option", f"{c.method}.{key}={_text(value)}"]
+    for key, change in c.stack.items():
+        command += ["--stack-option", f"{key}={_text(change)}"]
+    if question.batch_size != 1:
+        command += ["--batch", str(question.batch_size)]
+    if question.dtype != "bfloat16":
+        command += ["--dtype", question.dtype]
+    if question.hardware != RunSettings().hardware:
+        command += ["--hardware", question.hardware]
     if host_ram is not None:
         command += ["--host-ram", host_ram]
     if choice.nodes > 1:
@@ -59,6 +58,9 @@ def sweep_command(
             "--name",
             "RUN",
         ]
+    budget = _budget(choice)
+    if budget is not None:
+        command += ["--steps", str(budget.steps), "--timeout", str(budget.timeout_seconds)]
     for plugin in plugins:
         command += ["--plugin", str(plugin)]
     return command
@@ -78,6 +80,7 @@ def scenario_text(
         f"hardware = {json.dumps(question.hardware)}",
         f"nodes = {choice.nodes}",
         *([] if host_ram is None else [f"host_memory_bytes = {json.dumps(host_ram)}"]),
+        *_limits(choice),
         "",
         "[sweep]",
         f"method = {json.dumps(c.method)}",
@@ -95,6 +98,28 @@ def scenario_text(
         lines += [f"[options.{json.dumps(c.method)}]"]
         lines += [*(f"{key} = {json.dumps(value)}" for key, value in c.options.items()), ""]
     return "\n".join(lines)
+
+
+def duration_words(choice: Recommendation) -> str:
+    """Return how long the command takes by the time model, and where its limits come from."""
+    budget = _budget(choice)
+    if budget is None:
+        return "the profile has no rates, so no time is modelled: choose --timeout yourself (default: 1800 seconds)"
+    timed = f"{budget.steps} timed step" + "s" * (budget.steps > 1)
+    return (
+        f"it takes about {format_seconds(budget.seconds)}: {TRACED_STEPS} traced and {timed} of "
+        f"{format_seconds(choice.point.step_seconds)}; --timeout is {SAFETY} times that and "
+        f"{format_seconds(START_SECONDS)}"
+    )
+
+
+def _budget(choice: Recommendation) -> StepBudget | None:
+    return None if choice.point.step_seconds is None else step_budget(choice.point.step_seconds)
+
+
+def _limits(choice: Recommendation) -> list[str]:
+    budget = _budget(choice)
+    return [f"steps = {budget.steps}", f"timeout_seconds = {budget.timeout_seconds}.0"] if budget else []
 
 
 def torchrun_line(choice: Recommendation) -> str:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from cpbench.case import Case
+from cpbench.errors import without_name
 from cpbench.expand import Plan
 from cpbench.launch import Progress
 from cpbench.record import Record
-from cpbench.summary import STATUS_STYLE, case_cells, case_columns, record_cells
+from cpbench.summary import RESULTS, STATUS_STYLE, CaseNames, Cells, case_table, record_cells
+from cpbench.text_table import TextTable
 from cpbench.units import format_bytes, format_rate, format_seconds
 
 
@@ -67,6 +68,7 @@ class PlainDisplay:
         self._plan = plan
         self._total = len(plan.cases)
         self._position = {item.case.case_id: k for k, item in enumerate(plan.cases, start=1)}
+        self._names = CaseNames([item.case for item in plan.cases])
 
     def __enter__(self) -> PlainDisplay:
         self.note(headline(self._plan))
@@ -83,27 +85,27 @@ class PlainDisplay:
 
     def started(self, case: Case) -> None:
         """Print the case."""
-        self.note(f"[{self._position[case.case_id]}/{self._total}] {case.title}  started")
+        self.note(f"[{self._position[case.case_id]}/{self._total}] {self._names.title(case)}  started")
 
     def waiting(self, case: Case, progress: Progress | None, elapsed_seconds: float) -> None:
         """Print nothing: a log needs no animation."""
 
     def finished(self, record: Record, *, kept: bool = False) -> None:
         """Print the outcome and its numbers, or the first line of the reason."""
-        self.note(f"[{self._position[record.case_id]}/{self._total}] {one_line(record, kept=kept)}")
+        place = f"[{self._position[record.case_id]}/{self._total}]"
+        self.note(f"{place} {one_line(record, self._names.title(record), kept=kept)}")
 
 
-def one_line(record: Record, *, kept: bool = False) -> str:
-    """Return a record as one line of text."""
-    case = f"{record.method}  {record.model}  {case_cells(record)[1]}  x{record.world_size}"
-    parts = [case, record.status]
+def one_line(record: Record, title: str, *, kept: bool = False) -> str:
+    """Return a record as one line of text that begins with the title of its case."""
+    parts = [title, record.status]
     if record.status == "ok":
         parts.append(f"peak {format_bytes(record.peak_allocated_bytes)}")
         if record.step_seconds is not None:
             parts.append(f"step {format_seconds(record.step_seconds)}")
             parts.append(f"{format_rate(record.tokens_per_second_per_gpu)} tokens/s/rank")
     elif record.reason:
-        parts.append(record.reason.splitlines()[0])
+        parts.append(without_name(record.reason, record.method).splitlines()[0])
     parts.append("(kept)" if kept else f"({format_seconds(record.duration_seconds)})")
     return "  ".join(parts)
 
@@ -116,7 +118,8 @@ _MOST_RUNNING = 4
 class _Running:
     """A case that runs now."""
 
-    case: Case
+    title: str
+    """Of the case."""
     since: float
     """By the monotonic clock."""
     progress: Progress | None = None
@@ -130,7 +133,7 @@ class _Running:
         """The case, what it does, and for how long."""
         told = self.progress
         phase = "starting processes" if told is None else f"{told.phase} {told.done}/{told.total}"
-        return f"{self.case.title}  {phase}  {format_seconds(max(1.0, round(self.seconds)))}"
+        return f"{self.title}  {phase}  {format_seconds(max(1.0, round(self.seconds)))}"
 
 
 class LiveDisplay:
@@ -142,7 +145,7 @@ class LiveDisplay:
         self._records: dict[str, Record] = {}
         self._kept: set[str] = set()
         self._running: dict[str, _Running] = {}
-        self._columns = case_columns([item.case for item in plan.cases])
+        self._names = CaseNames([item.case for item in plan.cases])
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> LiveDisplay:
@@ -161,7 +164,7 @@ class LiveDisplay:
 
     def started(self, case: Case) -> None:
         """Mark the case as running."""
-        self._running[case.case_id] = _Running(case, time.monotonic())
+        self._running[case.case_id] = _Running(self._names.title(case), time.monotonic())
 
     def waiting(self, case: Case, progress: Progress | None, elapsed_seconds: float) -> None:
         """Remember the progress for the next refresh."""
@@ -175,50 +178,62 @@ class LiveDisplay:
             self._kept.add(record.case_id)
 
     def _render(self) -> RenderableType:
-        table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-        for name, right in self._columns:
-            table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
-        table.add_column("status", no_wrap=True)
-        for name in ("peak", "step", "tokens/s/rank"):
-            table.add_column(name, justify="right", no_wrap=True)
         first, last = self._window()
-        for item in self._plan.cases[first:last]:
-            table.add_row(*self._row(item.case, item.unsupported is not None))
-        lines: list[RenderableType] = [table]
+        lines: list[RenderableType] = [self._table(first, last)]
         hidden = len(self._plan.cases) - (last - first)
         if hidden:
             lines.append(Text(f"... {hidden} more not shown", style="dim"))
         lines += [Text(line, overflow="ellipsis", no_wrap=True) for line in self._now()]
         return Group(*lines, Text(self._summary()))
 
-    def _row(self, case: Case, unsupported: bool) -> Sequence[RenderableType]:
-        cells = [Text(cell) for cell in case_cells(case, self._columns)]
-        record = self._records.get(case.case_id)
-        if record is not None:
-            status = Text(record.status, style=STATUS_STYLE[record.status])
-            return [*cells, status, *(Text(cell) for cell in record_cells(record))]
-        if case.case_id in self._running:
-            return [*cells, Text("running", style="bold cyan"), Text(""), Text(""), Text("")]
-        waiting = Text("unsupported" if unsupported else "waiting", style="dim")
-        return [*cells, waiting, Text(""), Text(""), Text("")]
+    def _table(self, first: int, last: int) -> TextTable:
+        items = self._plan.cases[first:last]
+        unsupported = {item.case.case_id for item in items if item.unsupported}
+
+        def cells(case: Case | Record) -> Cells:
+            record = self._records.get(case.case_id)
+            if record is not None:
+                return [Text(record.status, style=STATUS_STYLE[record.status]), *record_cells(record)]
+            if case.case_id in self._running:
+                return [Text("running", style="bold cyan"), "", "", ""]
+            waiting = "unsupported" if case.case_id in unsupported else "waiting"
+            return [Text(waiting, style="dim"), "", "", ""]
+
+        width = self._console.size.width
+        return case_table([item.case for item in items], cells, RESULTS, names=self._names, width=width)
 
     def _window(self) -> tuple[int, int]:
         """The slice of cases that fits the terminal, with the next case to end in it."""
         total = len(self._plan.cases)
-        room = max(3, self._console.size.height - 5 - len(self._now()))
-        if total <= room:
-            return 0, total
-        first = min(max(0, len(self._records) - room // 2), total - room)
-        return first, first + room
+        headings, *heights = self._table(0, total).heights(self._console.size.width)
+        room = self._console.size.height - 4 - headings - len(self._now())
+        middle = min(len(self._records), total - 1)
+        first, last, room = middle, middle + 1, room - heights[middle]
+        while True:  # in turn above and below, as far as lines are left
+            above = first > 0 and heights[first - 1] <= room
+            below = last < total and heights[last] <= room
+            if above and (not below or middle - first < last - 1 - middle):
+                first -= 1
+                room -= heights[first]
+            elif below:
+                room -= heights[last]
+                last += 1
+            else:
+                return first, last
 
     def _now(self) -> list[str]:
         """A line for each running case, as far as there is room."""
         if not self._running:
             return ["now: preparing the next case"]
         running = list(self._running.values())
-        lines = [f"now: {one.line()}" for one in running[:_MOST_RUNNING]]
-        more = len(running) - len(lines)
-        return [*lines, f"     and {more} more"] if more else lines
+        width = self._console.size.width
+        lines = [
+            part
+            for one in running[:_MOST_RUNNING]
+            for part in textwrap.wrap(f"now: {one.line()}", width, subsequent_indent="     ")
+        ]
+        more = len(running) - _MOST_RUNNING
+        return [*lines, f"     and {more} more"] if more > 0 else lines
 
     def _summary(self) -> str:
         done, total = len(self._records), len(self._plan.cases)

@@ -42,9 +42,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeI
 from pydantic import ValidationError as PydanticValidationError
 
 from cpbench.case import AttentionBackend, Case, Device, Dtype, Mode, OptionValue, Stack, stack_by_name
-from cpbench.errors import CpbenchError, ScenarioError, UnknownName, UsageError, nearest
+from cpbench.errors import CpbenchError, ScenarioError, UnknownName, UsageError
 from cpbench.hardware import load_hardware, nodes_of
 from cpbench.model_config import ModelConfig, load_model
+from cpbench.plain_words import problems_of
 from cpbench.units import parse_bytes, parse_length
 
 
@@ -156,6 +157,12 @@ class Exclude(_Section):
         rule = {key: values for key, values in self if values is not None}
         return bool(rule) and all(point[key] in values for key, values in rule.items())
 
+    @property
+    def words(self) -> str:
+        """The rule as text, for messages."""
+        rule = self.model_dump(exclude_none=True)
+        return ", ".join(f"{key} = {', '.join(map(str, values))}" for key, values in rule.items())
+
 
 class Scenario(_Section):
     """One question as data; `expand` gives the cases that answer it."""
@@ -222,6 +229,15 @@ class Scenario(_Section):
             raise ScenarioError(f"scenario {self.name!r}: the exclude rules leave no case; remove a rule")
         return list({case.case_id: case for case in cases}.values())
 
+    def idle_rules(self) -> list[Exclude]:
+        """Return the exclude rules that leave out no case of this scenario."""
+        names = list(Exclude.model_fields)
+        points = [
+            dict(zip(names, values, strict=True))
+            for values in itertools.product(*(getattr(self.sweep, name) for name in names))
+        ]
+        return [rule for rule in self.exclude if not any(rule.matches(point) for point in points)]
+
     def _layers(self, name: str, architecture: ModelConfig) -> tuple[int, int | None]:
         """Layers that run, and of how many if not all do."""
         there, wanted = architecture.num_layers, self.run.layers
@@ -241,34 +257,41 @@ class Scenario(_Section):
         return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
-def parse_scenario(text: str, *, name: str) -> Scenario:
+def parse_scenario(text: str, *, name: str, file: Path | None = None) -> Scenario:
     """Return the scenario in a TOML document.
+
+    Args:
+        text: the document.
+        name: of the scenario.
+        file: where it is from, for messages.
 
     Raises:
         ScenarioError: not TOML, unknown key (with the nearest valid one), or a wrong value.
     """
+    what = _called(name, file)
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ScenarioError(f"scenario {name!r} is not valid TOML: {error}") from error
+        raise ScenarioError(f"{what} is not valid TOML: {error}") from error
     if "name" in raw:
-        raise ScenarioError(f"scenario {name!r}: its name is the file name; remove the key 'name'")
-    return build_scenario({**raw, "name": name})
+        raise ScenarioError(f"{what}: its name is the file name; remove the key 'name'")
+    return build_scenario({**raw, "name": name}, file=file)
 
 
-def build_scenario(raw: dict[str, Any]) -> Scenario:
+def build_scenario(raw: dict[str, Any], *, file: Path | None = None) -> Scenario:
     """Validate a scenario given as nested dictionaries (from TOML and command-line flags).
 
     Raises:
         ScenarioError: every problem found, one a line.
     """
+    what = _called(str(raw.get("name", "?")), file)
     try:
         return Scenario.model_validate(raw)
     except PydanticValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise ScenarioError(f"scenario {raw.get('name', '?')!r}: " + "\n  ".join(lines)) from error
+        lines = problems_of(error, Scenario, hidden=("name",))
+        raise ScenarioError(f"{what}: " + "\n  ".join(lines)) from error
     except CpbenchError as error:
-        raise ScenarioError(f"scenario {raw.get('name', '?')!r}: {error}") from error
+        raise ScenarioError(f"{what}: {error}") from error
 
 
 def load_scenario(name_or_path: str, *, folders: list[Path]) -> Scenario:
@@ -287,34 +310,13 @@ def load_scenario(name_or_path: str, *, folders: list[Path]) -> Scenario:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ScenarioError(f"scenario file {path} cannot be read: {error}") from error
-    return parse_scenario(text, name=path.stem)
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ScenarioError(f"scenario file {path} cannot be read: {why}") from error
+    return parse_scenario(text, name=path.stem, file=path)
 
 
-def _explain(problem: Any) -> str:  # noqa: ANN401 - pydantic's ErrorDetails
-    """One line for one validation problem, with the nearest valid key for an unknown one."""
-    where = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = nearest(str(problem["loc"][-1]), known)
-        hint = f"; did you mean {near!r}?" if near else "."
-        return f"unknown key {where!r}{hint} Allowed here: {', '.join(known)}"
-    given = problem.get("input")
-    shown = "" if isinstance(given, dict) else f" (given: {given!r})"
-    return f"{where}: {problem['msg'].removeprefix('Value error, ')}{shown}"
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {
-        "run": RunSettings,
-        "sweep": Axes,
-        "stack": StackChanges,
-        "exclude": Exclude,
-        "models": ModelConfig,
-    }
-    model = sections.get(str(location[0])) if location else Scenario
-    fields = [] if model is None else sorted(model.model_fields)
-    return [name for name in fields if not (model is Scenario and name == "name")]
+def _called(name: str, file: Path | None) -> str:
+    return f"scenario {name!r}" if file is None else f"scenario {name!r} (file {file})"
 
 
 __all__ = [

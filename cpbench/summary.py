@@ -1,17 +1,22 @@
-"""Tables of cases and records for the terminal: the columns that a sweep needs and no others."""
+"""Tables of cases and records for the terminal: the columns that a sweep needs and no others.
+
+What differs between the cases names them: in columns, and the options, as well as columns for which a narrow window has
+no room, under the method.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from cpbench.case import STACKS, Case
+from cpbench.errors import without_name
 from cpbench.expand import ResolvedCase
 from cpbench.record import Record, Status
+from cpbench.text_table import Row, TextColumn, TextTable
 from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds
 
 STATUS_STYLE: dict[Status, str] = {
@@ -23,36 +28,85 @@ STATUS_STYLE: dict[Status, str] = {
     "error": "red",
     "invalid": "magenta",
 }
-Columns = tuple[tuple[str, bool], ...]
-"""(heading, right-aligned) of each."""
-
-_ALWAYS: Columns = (("method", False), ("length", True), ("world", True))
-_IF_VARYING: Columns = (
-    ("model", False),
-    ("stack", False),
-    ("dtype", False),
-    ("batch", True),
-    ("options", False),
+_ALWAYS = ("method", "length", "world")
+_IF_VARYING = ("model", "stack", "dtype", "batch")
+_LEFT = ("method", "model", "stack", "dtype", "status")
+_NUMBERS = (
+    TextColumn("peak memory", narrow="peak\nmemory"),
+    TextColumn("step"),
+    TextColumn("tokens/s/rank", narrow="tokens/s\n/rank"),
 )
-_REASON_WIDTH = 120
-"""Terminals at least this wide show reasons as a column; narrower ones below the table."""
-_NUMBERS_WIDTH = 90
-"""Room that the other columns may take; a longer reason is repeated in full below the table."""
+Cells = Sequence[str | Text]
 
 
-def case_columns(cases: Sequence[Case | Record]) -> Columns:
-    """Return the columns that tell these cases apart: always method, length, world; others if they vary."""
-    varying = tuple(column for column in _IF_VARYING if len({_cell(case, column[0]) for case in cases}) > 1)
-    # Methods differ in options by nature; only one method with several option sets needs the column.
-    sets = {(case.method, _cell(case, "options")) for case in cases}
-    if len(sets) == len({case.method for case in cases}):
-        varying = tuple(column for column in varying if column[0] != "options")
-    return _ALWAYS + varying
+class CaseNames:
+    """How the cases of a sweep are told apart."""
+
+    def __init__(self, cases: Sequence[Case | Record]) -> None:
+        """Compare all cases of a sweep.
+
+        Args:
+            cases: all of them; only these can be named.
+        """
+        self.columns = _ALWAYS + tuple(
+            name for name in _IF_VARYING if len({_cell(case, name) for case in cases}) > 1
+        )
+        """Headings: always method, length, world; others where cases differ."""
+        self._varying: dict[str, tuple[str, ...]] = {}
+        for method in dict.fromkeys(case.method for case in cases):
+            sets = [case.options for case in cases if case.method == method]
+            keys = sorted({key for options in sets for key in options})
+            self._varying[method] = tuple(
+                key for key in keys if len({_value(options.get(key)) for options in sets}) > 1
+            )
+
+    def cells(self, case: Case | Record, columns: Sequence[str] | None = None) -> list[str]:
+        """Return the text of a case in each column."""
+        return [_cell(case, name) for name in (self.columns if columns is None else columns)]
+
+    def options(self, case: Case | Record) -> str:
+        """Return the options in which cases of its method differ, or an empty text."""
+        keys = self._varying.get(case.method, ())
+        return ", ".join(f"{key}={_value(case.options[key])}" for key in keys if key in case.options)
+
+    def title(self, case: Case | Record) -> str:
+        """Return a line that no other case has, for example `upipe  tiny  128K  x4  stage_heads=8`."""
+        further = [_cell(case, name) for name in self.columns if name in ("stack", "dtype")]
+        if "batch" in self.columns:
+            further.append(f"batch={case.batch_size}")
+        parts = [case.method, case.model, format_length(case.seq_len), f"x{case.world_size}", *further]
+        return "  ".join(part for part in (*parts, self.options(case)) if part)
 
 
-def case_cells(case: Case | Record, columns: Columns = _ALWAYS) -> list[str]:
-    """Return the text of a case in each column."""
-    return [_cell(case, name) for name, _ in columns]
+def case_table(
+    cases: Sequence[Case | Record],
+    cells: Callable[[Case | Record], Cells],
+    headings: Sequence[TextColumn],
+    *,
+    names: CaseNames,
+    width: int,
+) -> TextTable:
+    """Return a table of cases in which no number is cut, down to about 50 columns.
+
+    Args:
+        cases: the rows.
+        cells: the further cells of a case.
+        headings: theirs.
+        names: of all cases of the sweep.
+        width: of the window.
+    """
+    columns, under = list(names.columns), list[str]()
+    while True:
+        rows = []
+        for case in cases:
+            words = [f"{name}={_cell(case, name)}" for name in under]
+            note = ", ".join(part for part in (*words, names.options(case)) if part)
+            rows.append(Row((*names.cells(case, columns), *cells(case)), Text(note, style="dim")))
+        shown = [TextColumn(name, right=name not in _LEFT) for name in columns]
+        table = TextTable([*shown, *headings], rows, note="options")
+        if table.needed() <= width or len(columns) == 1:
+            return table
+        under.insert(0, columns.pop())
 
 
 def record_cells(record: Record) -> list[str]:
@@ -71,7 +125,6 @@ def record_cells(record: Record) -> list[str]:
 
 
 _EMULATED = ("compute", "comm. modelled", "estimate error")
-_EMULATED_WIDTH = 42
 
 
 def emulation_cells(record: Record) -> list[str]:
@@ -83,66 +136,48 @@ def emulation_cells(record: Record) -> list[str]:
     ]
 
 
+RESULTS = (TextColumn("status", right=False), *_NUMBERS)
+"""Headings of a status and `record_cells`."""
+
+
 def print_summary(records: Sequence[Record], console: Console) -> None:
     """Print the table of a finished sweep, then every reason and warning."""
     if not records:
         return
-    columns = case_columns(records)
-    wide = console.width >= _REASON_WIDTH
+    names = CaseNames(records)
+    found = {record.case_id: record for record in records}
     modes = ", ".join(sorted({f"{record.mode} on {record.device}" for record in records}))
     console.print(Text(f"mode {modes}", style="bold"))
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, right in columns:
-        table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
-    table.add_column("status", no_wrap=True)
-    for name in ("peak memory", "step", "tokens/s/rank"):
-        table.add_column(name, justify="right", no_wrap=True)
-    emulated = any(record.mode == "emulate" for record in records)
-    for name in _EMULATED if wide and emulated else ():
-        table.add_column(name, justify="right", no_wrap=True)
-    failed = [record for record in records if record.reason]
-    if wide and failed:
-        table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
+
+    def cells(case: Case | Record) -> Cells:
+        record = found[case.case_id]
+        return [Text(record.status, style=STATUS_STYLE[record.status]), *record_cells(record)]
+
+    console.print(case_table(records, cells, RESULTS, names=names, width=console.width))
     for record in records:
-        status = Text(record.status, style=STATUS_STYLE[record.status])
-        cells = [Text(cell) for cell in (*case_cells(record, columns), *record_cells(record))]
-        cells.insert(len(columns), status)
-        cells += [Text(cell) for cell in emulation_cells(record)] if wide and emulated else []
-        if wide and failed:
-            cells.append(Text((record.reason or "").split("\n")[0]))
-        table.add_row(*cells)
-    console.print(table)
-    room = console.width - _NUMBERS_WIDTH - (_EMULATED_WIDTH if emulated else 0) if wide else 0
-    for record in records:
-        reason = record.reason or ""
-        texts = [f"warning: {warning}" for warning in record.warnings]
-        if record.compute_seconds is not None and not wide:
-            texts.append(", ".join(map(" ".join, zip(_EMULATED, emulation_cells(record), strict=True))))
-        if len(reason) > room or "\n" in reason:
-            texts.insert(0, reason)
-        for text in texts:
-            where = "  ".join(case_cells(record, columns))
-            line = Text(f"{where}  {record.status}: {text}")
+        reasons = [without_name(record.reason, record.method)] if record.reason else []
+        if record.compute_seconds is not None:
+            reasons.append(", ".join(map(" ".join, zip(_EMULATED, emulation_cells(record), strict=True))))
+        for text in (*reasons, *(f"warning: {warning}" for warning in record.warnings)):
+            line = Text(f"{names.title(record)}  {record.status}: {text}")
             console.print(line, soft_wrap=not console.is_terminal)
 
 
 def print_cases(items: Sequence[ResolvedCase], console: Console) -> None:
     """Print the cases of a dry run: id, method, length, world, options, and why some are unsupported."""
-    columns = case_columns([item.case for item in items])
-    columns = tuple(column for column in columns if column[0] != "options")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("case id", overflow="fold")
-    for name, right in columns:
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    table.add_column("options", overflow="fold")
-    table.add_column("supported", no_wrap=True)
+    names = CaseNames([item.case for item in items])
+    rows = []
     for item in items:
-        cells = [item.case.case_id, *case_cells(item.case, columns), _cell(item.case, "options")]
-        table.add_row(*(Text(cell) for cell in cells), Text("no" if item.unsupported else "yes"))
-    console.print(table)
+        options = ", ".join(f"{key}={_value(value)}" for key, value in sorted(item.case.options.items()))
+        cells = [*names.cells(item.case), "no" if item.unsupported else "yes"]
+        rows.append(Row(tuple(cells), f"{item.case.case_id}  {options}".rstrip()))
+    columns = [TextColumn(name, right=name not in _LEFT) for name in names.columns]
+    columns.append(TextColumn("supported", right=False))
+    console.print(TextTable(columns, rows, note="case id, options"))
     for item in items:
         if item.unsupported:
-            console.print(Text(f"{item.case.case_id}  unsupported: {item.unsupported}"))
+            line = Text(f"{item.case.case_id}  unsupported: {item.unsupported}")
+            console.print(line, soft_wrap=not console.is_terminal)
 
 
 def _cell(case: Case | Record, name: str) -> str:
@@ -152,8 +187,6 @@ def _cell(case: Case | Record, name: str) -> str:
         return str(case.world_size)
     if name == "batch":
         return str(case.batch_size)
-    if name == "options":
-        return ", ".join(f"{key}={_value(value)}" for key, value in sorted(case.options.items())) or "-"
     if name == "stack":
         return next((known for known, stack in STACKS.items() if stack == case.stack), "custom")
     return str(getattr(case, name))

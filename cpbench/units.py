@@ -14,9 +14,12 @@ KIB = 2**10
 MIB = 2**20
 GIB = 2**30
 TIB = 2**40
+MAX_LENGTH = 2**30
+"""Tokens: 16 times the longest context that a plan searches for; more is a slip of the keyboard."""
 
 _LENGTH = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KkMm]?)\s*$")
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(?:([KMGTkmgt])(?:i?[Bb])?|[Bb])?\s*$")
+_DIGITS = 40
 _LENGTH_FACTOR = {"": 1, "k": KIB, "m": MIB}
 _BYTE_FACTOR = {"": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB}
 
@@ -28,12 +31,16 @@ def parse_length(text: str | int) -> int:
         text: an integer, or a number with suffix K (x 1024) or M (x 1024 x 1024), for example `128K`, `2.5M`.
 
     Raises:
-        UsageError: not a number, not whole, zero or negative.
+        UsageError: not a number, not whole, zero or negative, or above `MAX_LENGTH`.
     """
     match = _LENGTH.match(str(text)) if not isinstance(text, bool) else None
     if match is None:
         raise UsageError(
             f"length {text!r} is not a positive number of tokens; write an integer or use K or M, like 131072, 128K, 5M"
+        )
+    if len(match[1]) > _DIGITS:
+        raise UsageError(
+            f"length {text!r:.40} is more than {format_length(MAX_LENGTH)} tokens, the longest allowed"
         )
     exact = float(match[1]) * _LENGTH_FACTOR[match[2].lower()] if "." in match[1] else None
     tokens = int(match[1]) * _LENGTH_FACTOR[match[2].lower()] if exact is None else round(exact)
@@ -41,6 +48,10 @@ def parse_length(text: str | int) -> int:
         raise UsageError(f"length {text!r} is {exact} tokens; a length must be a whole number of tokens")
     if tokens <= 0:
         raise UsageError(f"length {text!r} must be at least 1 token")
+    if tokens > MAX_LENGTH:
+        raise UsageError(
+            f"length {text!r} is more than {format_length(MAX_LENGTH)} tokens, the longest allowed"
+        )
     return tokens
 
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from cpbench import registry
 from cpbench.case import STACKS, Case, Device, OptionValue
-from cpbench.errors import UsageError
+from cpbench.errors import UsageError, without_name
 from cpbench.expand import ResolvedCase, excess, resolve_cases
 from cpbench.launch import Job, launch
 from cpbench.machine import visible_gpus
@@ -128,7 +128,10 @@ def verify(
     items = request.items()
     resolved = _resolved(items, request)
     if all(item.unsupported for item in resolved):
-        lines = dict.fromkeys(f"{item.case.method}: {item.unsupported}" for item in resolved)
+        lines = dict.fromkeys(
+            f"{item.case.method}: {without_name(item.unsupported or '', item.case.method)}"
+            for item in resolved
+        )
         raise UsageError("none of the requested methods can run this shape:\n  " + "\n  ".join(lines))
     resolved_items = [
         asked.model_copy(update={"case": item.case}) for asked, item in zip(items, resolved, strict=True)

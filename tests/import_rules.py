@@ -21,11 +21,12 @@ from typing import NamedTuple
 NOUNS = """
     cpbench errors units case scenario record rank_report aggregate machine hardware host_budget method registry
     model_config hugging_face verification progress_file selection shape block_schedule explanation context_plan
+    durations plain_words
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* bracket disk doctor estimate_pool estimates expand explain folders gpu_checks interrupt
     launch mode outcome plan planned_run progress provenance published recommendation run_folder slurm summary
-    supervise sweep verify
+    supervise sweep text_table verify
 """
 MEASURED = """
     worker verify_worker explain_worker estimate_server plan_worker resolve probe parity.* block_count block_log

@@ -14,6 +14,8 @@ from rich.text import Text
 
 from cpbench.case import STACKS, Case, Device, Dtype
 from cpbench.cli import flags
+from cpbench.cli.request import check_options
+from cpbench.disk import require_writable
 from cpbench.errors import UsageError
 from cpbench.explain import cases_of_run, explain
 from cpbench.explanation import Explanation
@@ -82,6 +84,15 @@ def explain_(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    stack_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
+            "save_attention or host_budget_bytes; repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="METHOD.FIELD=VALUE", help="Option of a method.", rich_help_panel=_WHAT),
@@ -119,18 +130,20 @@ def explain_(
 ) -> None:
     """Say what is alive at the memory peak of a case, and why; of two cases, side by side."""
     axes = {
-        "method": flags.split(method),
-        "model": flags.split(model),
-        "seq_len": flags.lengths(seqlen),
+        "method": flags.split("--method", method),
+        "model": flags.split("--model", model),
+        "seq_len": flags.lengths("--seqlen", seqlen),
         "world_size": flags.counts("--world", world),
         "batch_size": flags.counts("--batch", batch),
-        "dtype": [str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split(dtype)],
-        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split(stack)],
+        "dtype": [
+            str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split("--dtype", dtype)
+        ],
+        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split("--stack", stack)],
     }
     asked = {key: values for key, values in axes.items() if values}
     plugins: tuple[Path, ...] = tuple(path.absolute() for path in plugin or ())
     if run is not None:
-        if asked or option or plugin or hardware:
+        if asked or option or stack_option or plugin or hardware:
             raise UsageError("name a RUN with its CASE, or describe cases by flags, not both")
         cases, plugins = cases_of_run(_folder(run, runs), case or [])
         if not cases:
@@ -138,12 +151,16 @@ def explain_(
     else:
         raw = build_scenario({}).model_dump(exclude_none=True)
         raw["sweep"] |= asked
-        raw["run"] |= {"mode": "estimate"} | ({"hardware": hardware} if hardware else {})
+        raw["run"] |= {"mode": "estimate"} | ({} if hardware is None else {"hardware": hardware})
         raw["options"] = flags.option_sets(option)
+        check_options(raw["options"], raw["sweep"]["method"], plugins)
+        raw["stack"] |= flags.stack_changes(stack_option)
         chosen = flags.choice("--device", device, get_args(Device))
         cases = build_scenario(raw).expand(mode="estimate", device="cpu" if chosen == "cpu" else "cuda")
     if len(cases) > _MOST_CASES:
         raise UsageError(f"these are {len(cases)} cases; explain takes one, or two to compare")
+    if not as_json:
+        require_writable(out, flag="--out")
     found = _explained(cases, plugins, options=not no_options)
     if as_json:
         typer.echo(json.dumps([e.model_dump(mode="json") for e in found], indent=1))

@@ -5,23 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from cpbench.case import OptionValue
+from cpbench.case import OptionValue, Stack
 from cpbench.errors import UnknownName, UsageError
 from cpbench.units import parse_length
 
 
-def split(values: Sequence[str] | None) -> list[str]:
-    """Return the items of a repeated flag whose values may be lists with commas."""
-    return [item.strip() for value in values or () for item in value.split(",") if item.strip()]
+def split(flag: str, values: Sequence[str] | None) -> list[str]:
+    """Return the items of a repeated flag whose values may be lists with commas; none if it is not given.
+
+    Raises:
+        UsageError: it is given without a value, as by an unset variable of a shell.
+    """
+    found: list[str] = []
+    for value in values or ():
+        items = [item.strip() for item in value.split(",") if item.strip()]
+        if not items:
+            raise UsageError(
+                f"{flag} {value!r} has no value; give one, or leave the flag out for its default"
+            )
+        found += items
+    return found
 
 
-def lengths(values: Sequence[str] | None) -> list[int]:
+def lengths(flag: str, values: Sequence[str] | None) -> list[int]:
     """Return sequence lengths in tokens.
 
     Raises:
-        UsageError: one is not a positive length.
+        UsageError: one is not a positive length, or `flag` is empty.
     """
-    return [parse_length(item) for item in split(values)]
+    return [parse_length(item) for item in split(flag, values)]
 
 
 def counts(flag: str, values: Sequence[str] | None) -> list[int]:
@@ -31,7 +43,7 @@ def counts(flag: str, values: Sequence[str] | None) -> list[int]:
         UsageError: one is not, naming `flag`.
     """
     found = []
-    for item in split(values):
+    for item in split(flag, values):
         if not item.isdecimal() or int(item) < 1:
             raise UsageError(f"{flag} {item!r} is not a whole number from 1 up")
         found.append(int(item))
@@ -69,6 +81,30 @@ def option_sets(values: Sequence[str] | None) -> dict[str, dict[str, list[Option
                 f"--option {text!r} is not of the form method.field=value, like upipe.stage_heads=8"
             )
         found.setdefault(method, {}).setdefault(field, []).extend(_value(item) for item in items)
+    return found
+
+
+def stack_changes(values: Sequence[str] | None) -> dict[str, OptionValue]:
+    """Return changes to the stack by field.
+
+    Args:
+        values: texts like `optimizer_offload=true`.
+
+    Raises:
+        UsageError: a text has another form, a field is unknown, or is given twice.
+    """
+    found: dict[str, OptionValue] = {}
+    for text in values or ():
+        field, equals, value = (part.strip() for part in text.partition("="))
+        if not (equals and field and value):
+            raise UsageError(
+                f"--stack-option {text!r} is not of the form FIELD=VALUE, like optimizer_offload=true"
+            )
+        if field not in Stack.model_fields:
+            raise UnknownName("stack option", field, Stack.model_fields)
+        if field in found:
+            raise UsageError(f"--stack-option {field} is given twice; a stack has one value of each option")
+        found[field] = _value(value)
     return found
 
 

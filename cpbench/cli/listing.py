@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpbench import registry
+from cpbench.cli import flags
 from cpbench.folders import scenario_folders
 from cpbench.hardware import load_hardware, profile_names
 from cpbench.model_config import PRESETS
@@ -29,7 +30,7 @@ class Kind(StrEnum):
 
 
 def list_(
-    kind: Annotated[Kind, typer.Argument(help="What to list.", show_choices=True)],
+    kind: Annotated[str, typer.Argument(metavar="|".join(Kind), help="What to list.")],
     plugin: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Python file of a method outside the tree; repeatable."),
@@ -37,6 +38,7 @@ def list_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """List methods, models, scenarios or machine profiles."""
+    kind = Kind(str(flags.choice("list", kind, [str(one) for one in Kind])))
     if kind is Kind.METHODS:
         rows = _methods(tuple(plugin or ()))
     elif kind is Kind.MODELS:

@@ -9,20 +9,21 @@ from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from cpbench import registry
 from cpbench.case import Dtype
 from cpbench.cli import flags
-from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question, Recommendation
-from cpbench.disk import refusing_bad_disk
+from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question
+from cpbench.disk import refusing_bad_disk, require_writable
+from cpbench.errors import without_name
 from cpbench.estimates import PooledEstimates
 from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES, Hardware, load_hardware, nodes_of
 from cpbench.model_config import load_model
 from cpbench.plan import plan_context
-from cpbench.planned_run import scenario_text, sweep_command, torchrun_line
+from cpbench.planned_run import duration_words, scenario_text, sweep_command, torchrun_line
 from cpbench.report.plan_picture import write_plan_picture
+from cpbench.text_table import Row, TextColumn, TextTable
 from cpbench.units import format_bytes, format_length, format_rate, format_seconds, parse_bytes, parse_length
 
 EXAMPLES = """
@@ -88,7 +89,7 @@ def plan(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Folder of plan.png, plan.json and, where flags do not suffice, the scenario to run.",
+            help="Folder of plan.png, plan.json and recommended.toml, the scenario to run.",
             rich_help_panel=_WHERE,
         ),
     ] = Path("plan"),
@@ -102,7 +103,7 @@ def plan(
     name, architecture = load_model(model)
     profile = load_hardware(hardware)
     question = Question(
-        methods=_methods(flags.split(method), plugins),
+        methods=_methods(flags.split("--method", method), plugins),
         model=name,
         architecture=architecture,
         worlds=tuple(dict.fromkeys(flags.counts("--world", world))) or (8,),
@@ -115,8 +116,7 @@ def plan(
     for ranks in question.worlds:
         nodes_of(ranks, profile)
     if not as_json:
-        with refusing_bad_disk(out):
-            out.mkdir(parents=True, exist_ok=True)
+        require_writable(out, flag="--out")
     found = _found(question, profile, plugins)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
@@ -124,7 +124,7 @@ def plan(
     console = Console()
     _print(console, found)
     files = _Files(out, model, host_ram, plugins)
-    with refusing_bad_disk(out):
+    with refusing_bad_disk(out, flag="--out"):
         _print_recommendation(console, found, files)
         picture = write_plan_picture(found, out / "plan.png")
         (out / "plan.json").write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
@@ -184,8 +184,9 @@ def _print(console: Console, found: ContextPlan) -> None:
             console.print(_asked_table(plans))
     console.print(
         Text(
-            f"device: what a rank needs, with a margin of {margin:.0%}, context, communicators and segments; host: what a node "
-            f"needs, with {HOST_MARGIN:.0%} of its memory for the system and {format_bytes(HOST_PROCESS_BYTES)} for "
+            f"device: what a rank needs, with a margin of {margin:.0%}, context, communicators and segments; "
+            f"host: what a node needs, with {HOST_MARGIN:.0%} of its memory for the system and "
+            f"{format_bytes(HOST_PROCESS_BYTES)} for "
             "each rank's process"
             + (
                 f"; step and tokens/s (a rank) are modelled, to {uncertainty:.0%}"
@@ -197,57 +198,48 @@ def _print(console: Console, found: ContextPlan) -> None:
     )
 
 
-def _longest_table(plans: Sequence[MethodPlan]) -> Table:
-    table = Table(
-        Column("method", no_wrap=True),
-        _right("longest"),
-        _right("device"),
-        _right("host/node"),
-        _right("step"),
-        _right("tokens/s"),
-        "then",
-        box=None,
-        padding=(0, 1),
-    )
-    order = sorted(plans, key=lambda plan: -(plan.longest.seq_len if plan.longest else 0))
-    for plan in order:
-        name = _named(plan.method, plan.configuration)
+_NUMBERS = (
+    TextColumn("device"),
+    TextColumn("host/node", narrow="host\n/node"),
+    TextColumn("step"),
+    TextColumn("tokens/s"),
+)
+
+
+def _longest_table(plans: Sequence[MethodPlan]) -> TextTable:
+    rows = []
+    for plan in sorted(plans, key=lambda plan: -(plan.longest.seq_len if plan.longest else 0)):
         if plan.longest is None:
-            why = f"{plan.ended_by}: {plan.reason}" if plan.reason else plan.ended_by
-            table.add_row(name, "-", "-", "-", "-", "-", Text(why))
-        else:
-            table.add_row(
-                name, format_length(plan.longest.seq_len), *_numbers(plan.longest), Text(_then(plan))
+            numbers: tuple[str, ...] = ("-",) * 5
+            then = (
+                f"{plan.ended_by}: {without_name(plan.reason, plan.method)}" if plan.reason else plan.ended_by
             )
-    return table
+        else:
+            numbers = (format_length(plan.longest.seq_len), *_numbers(plan.longest))
+            then = f"then {_then(plan)}"
+        rows.append(_row(plan.method, plan.configuration, numbers, then))
+    return TextTable([TextColumn("method", right=False), TextColumn("longest"), *_NUMBERS], rows)
 
 
-def _asked_table(plans: Sequence[MethodPlan]) -> Table:
-    table = Table(
-        Column("method", no_wrap=True),
-        _right("device"),
-        _right("host/node"),
-        _right("step"),
-        _right("tokens/s"),
-        _right("MFU"),
-        "",
-        box=None,
-        padding=(0, 1),
-    )
-    order = sorted(plans, key=lambda plan: _order(plan.asked))
-    for plan in order:
-        name = _named(plan.method, plan.asked_configuration)
+def _asked_table(plans: Sequence[MethodPlan]) -> TextTable:
+    rows = []
+    for plan in sorted(plans, key=lambda plan: _order(plan.asked)):
         point = plan.asked
         if point is None:
-            table.add_row(
-                name, "-", "-", "-", "-", "-", Text(plan.asked_reason or plan.reason or plan.ended_by)
-            )
+            numbers: tuple[str, ...] = ("-",) * 5
+            why = without_name(plan.asked_reason or plan.reason or plan.ended_by, plan.method)
         else:
-            mfu = "-" if point.mfu is None else f"{point.mfu:.1%}"
-            table.add_row(
-                name, *_numbers(point), mfu, Text("fits" if point.status == "ok" else _short(point))
-            )
-    return table
+            numbers = (*_numbers(point), "-" if point.mfu is None else f"{point.mfu:.1%}")
+            why = "fits" if point.status == "ok" else _short(point)
+        rows.append(_row(plan.method, plan.asked_configuration, numbers, why))
+    return TextTable([TextColumn("method", right=False), *_NUMBERS, TextColumn("MFU")], rows)
+
+
+def _row(method: str, configuration: Configuration | None, numbers: Sequence[str], ending: str) -> Row:
+    """A method's numbers; what differs from its defaults, and what ends it, in words that may wrap."""
+    options = "" if configuration is None else _words(configuration)
+    note = Text(options, style="dim").append("; " if options else "", style="dim")
+    return Row((method, *numbers), note.append_text(Text(ending, style="not dim")))
 
 
 def _order(point: Point | None) -> tuple[int, float]:
@@ -274,15 +266,6 @@ def _short(point: Point) -> str:
     what, _, rest = (point.reason or "").partition(": ")
     missing = rest.rpartition("short by ")[2]
     return f"{what}: {missing} short" if missing else what
-
-
-def _named(method: str, configuration: Configuration | None) -> Text:
-    """A method, and under it what differs from its defaults, one a line so that a narrow window holds it."""
-    name = Text(method)
-    for part in _words(configuration).split(", ") if configuration is not None else ():
-        if part:
-            name.append(f"\n {part}", style="dim")
-    return name
 
 
 def _words(configuration: Configuration) -> str:
@@ -328,27 +311,15 @@ def _print_recommendation(console: Console, found: ContextPlan, files: _Files) -
     if choice.alike:
         console.print(Text(f"no slower within the uncertainty of the time model: {', '.join(choice.alike)}"))
     console.print("\nto run it where the GPUs are:")
-    command = sweep_command(
-        q,
-        choice,
-        model=files.model,
-        host_ram=files.host_ram,
-        plugins=files.plugins,
-        scenario=_scenario(found, choice, files),
-    )
+    command = sweep_command(q, choice, model=files.model, host_ram=files.host_ram, plugins=files.plugins)
     console.print(Text(f"  {shlex.join(command)}"), soft_wrap=True)
-    console.print("which launches, on each node:")
+    console.print(Text(duration_words(choice)))
+    console.print("it launches, on each node:")
     console.print(Text(f"  {torchrun_line(choice)}"), soft_wrap=True)
-
-
-def _scenario(found: ContextPlan, choice: Recommendation, files: _Files) -> Path | None:
-    """The scenario's file, written if flags cannot say what is to run."""
-    if not choice.configuration.stack:
-        return None
     path = files.out / "recommended.toml"
-    text = scenario_text(found.question, choice, model=files.model, host_ram=files.host_ram)
+    text = scenario_text(q, choice, model=files.model, host_ram=files.host_ram)
     path.write_text(text, encoding="utf-8")
-    return path
+    console.print(Text(f"the same as a scenario: {path}"), soft_wrap=True)
 
 
 def _nothing(found: ContextPlan) -> str:
@@ -356,7 +327,10 @@ def _nothing(found: ContextPlan) -> str:
     q = found.question
     asked = [plan.asked for plan in found.methods if plan.asked is not None]
     if q.seq_len is not None and not asked:
-        return f"no method can run {format_length(q.seq_len)} here; the table says what each needs"
+        multiples = {found.step_tokens[ranks] for ranks in q.worlds if q.seq_len % found.step_tokens[ranks]}
+        steps = sorted(format_length(tokens) for tokens in multiples)
+        hint = f"; every method takes multiples of {' or '.join(steps)}" if multiples else ""
+        return f"no method can run {format_length(q.seq_len)} here; the table says why{hint}"
     if q.seq_len is None:
         return "nothing fits on this machine at any length: use more ranks (--world), or a larger --hardware"
     nearest = min(asked, key=lambda point: point.device_needed_bytes)
@@ -366,10 +340,6 @@ def _nothing(found: ContextPlan) -> str:
         f"nothing fits {format_length(q.seq_len)}; the nearest is short of {_short(nearest)}. "
         f"Use more ranks (--world {2 * max(q.worlds)}), more host memory, a larger --hardware{shorter}"
     )
-
-
-def _right(header: str) -> Column:
-    return Column(header, justify="right", no_wrap=True)
 
 
 __all__ = ["EXAMPLES", "plan"]

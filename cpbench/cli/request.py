@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from cpbench import slurm
+from cpbench import registry, slurm
+from cpbench.durations import too_short
 from cpbench.errors import UsageError
 from cpbench.expand import Plan, chosen_mode, plan_sweep
 from cpbench.folders import scenario_folders
+from cpbench.hardware import load_hardware
 from cpbench.launch import Nodes
 from cpbench.run_folder import RunFolder, checked_name
 from cpbench.scenario import Scenario, build_scenario, load_scenario
@@ -26,6 +30,7 @@ class SweepRequest:
     axes: dict[str, Any]
     run: dict[str, Any]
     options: dict[str, Any]
+    stack: dict[str, Any]
     plugins: tuple[Path, ...]
     name: str | None
     runs: Path
@@ -39,7 +44,7 @@ class SweepRequest:
     def says_what(self) -> bool:
         """Whether any flag describes cases, as opposed to naming a run to resume."""
         shaping = {key for key in self.run if key != "timeout_seconds"}
-        return bool(self.scenario or self.axes or shaping or self.options or self.plugins)
+        return bool(self.scenario or self.axes or shaping or self.options or self.stack or self.plugins)
 
 
 def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
@@ -58,6 +63,7 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
         base = load_scenario(request.scenario, folders=scenario_folders())
     else:
         base = Scenario()
+    idle = base.idle_rules()
     scenario = _with_flags(base, request)
     if request.slurm:
         scenario = slurm.pinned(scenario)
@@ -65,21 +71,48 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
     errors = Console(stderr=True)
     waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
     with waiting:
-        return plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm), nodes
+        plan = plan_sweep(scenario, plugins=plugins, elsewhere=request.slurm)
+    run = plan.scenario.run
+    warning = too_short(
+        [item.case for item in plan.cases if not item.unsupported],
+        load_hardware(run.hardware),
+        name=run.hardware,
+        timeout_seconds=run.timeout_seconds,
+    )
+    warnings = [
+        f"the exclude rule {rule.words} of scenario {base.name!r} matches none of its cases" for rule in idle
+    ]
+    for text in (*warnings, *([warning] if warning else [])):
+        errors.print(Text(f"warning: {text}"), soft_wrap=not errors.is_terminal)
+    return plan, nodes
 
 
 def _with_flags(base: Scenario, request: SweepRequest) -> Scenario:
     raw = base.model_dump(exclude_none=True)
     raw["sweep"] |= request.axes
     raw["run"] |= request.run
+    raw["stack"] |= request.stack
+    check_options(request.options, raw["sweep"]["method"], request.plugins)
     for method, fields in request.options.items():
-        if method not in raw["sweep"]["method"]:
-            raise UsageError(
-                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods of this sweep "
-                f"({', '.join(raw['sweep']['method'])}); add --method {method}"
-            )
         raw["options"][method] = raw["options"].get(method, {}) | fields
     return build_scenario(raw)
+
+
+def check_options(
+    options: Mapping[str, Mapping[str, object]], methods: Sequence[str], plugins: Sequence[Path]
+) -> None:
+    """Refuse options of methods that do not exist, or that are not asked for.
+
+    Raises:
+        UsageError: saying which of both.
+    """
+    for method, fields in options.items():
+        if method not in methods:
+            registry.require(method, plugins)
+            raise UsageError(
+                f"--option {method}.{next(iter(fields))}: {method!r} is not among the methods asked for "
+                f"({', '.join(methods)}); add --method {method}"
+            )
 
 
 def _nodes(scenario: Scenario, request: SweepRequest) -> Nodes:

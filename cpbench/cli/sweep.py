@@ -119,6 +119,15 @@ def sweep(
             rich_help_panel=_WHAT,
         ),
     ] = None,
+    stack_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=VALUE",
+            help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
+            "save_attention or host_budget_bytes; repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -285,13 +294,15 @@ def sweep(
 ) -> None:
     """Run every case of a scenario, or of the flags, and keep a record of each."""
     axes = {
-        "method": flags.split(method),
-        "model": flags.split(model),
-        "seq_len": flags.lengths(seqlen),
+        "method": flags.split("--method", method),
+        "model": flags.split("--model", model),
+        "seq_len": flags.lengths("--seqlen", seqlen),
         "world_size": flags.counts("--world", world),
         "batch_size": flags.counts("--batch", batch),
-        "dtype": [str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split(dtype)],
-        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split(stack)],
+        "dtype": [
+            str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split("--dtype", dtype)
+        ],
+        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split("--stack", stack)],
     }
     run = {
         "mode": flags.choice("--mode", mode, _MODES),
@@ -311,6 +322,7 @@ def sweep(
         axes={key: values for key, values in axes.items() if values},
         run={key: value for key, value in run.items() if value is not None},
         options=flags.option_sets(option),
+        stack=flags.stack_changes(stack_option),
         plugins=tuple(plugin or ()),
         name=name,
         runs=runs,

@@ -135,7 +135,7 @@ def verify(
     from cpbench.verify import verify as run
 
     plugins = tuple(plugin or ())
-    names = flags.split(method) or ["all"]
+    names = flags.split("--method", method) or ["all"]
     shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "hidden_dim": hidden}
     shape |= {"num_layers": layers, "batch_size": batch}
     flag_names = ("--heads", "--kv-heads", "--head-dim", "--hidden", "--layers", "--batch")
@@ -150,7 +150,10 @@ def verify(
     given |= {"qk_norm": True} if qk_norm else {}
     if sum((quick, full, bool(given))) > 1:
         raise UsageError("--quick, --full and flags of one shape exclude one another; give one of them")
-    dtypes: list[Dtype] = [flags.choice("--dtype", item, get_args(Dtype)) for item in flags.split([dtype])]  # type: ignore[misc]  # checked just here
+    dtypes: list[Dtype] = [
+        "float32" if flags.choice("--dtype", item, get_args(Dtype)) == "float32" else "bfloat16"
+        for item in flags.split("--dtype", [dtype])
+    ]
     request = VerifyRequest(
         methods=tuple(dict.fromkeys(registry.method_files(plugins) if "all" in names else names)),
         options={

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from cpbench.errors import without_name
 from cpbench.units import format_seconds
 from cpbench.verification import Verification, title
 
@@ -59,7 +60,7 @@ class VerifyDisplay:
         self._done += 1
         if result.verdict in ("fail", "error"):
             name = title(result.method, result.given)
-            reason = (result.reason or "").splitlines()[:1]
+            reason = without_name(result.reason or "", result.method).splitlines()[:1]
             self._print(f"{result.verdict}: {name} at {result.shape.title}: {''.join(reason)}")
 
     def _line(self, now: float) -> str:

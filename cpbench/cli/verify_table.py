@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cpbench.errors import without_name
 from cpbench.shape import Shape
 from cpbench.units import format_bytes, format_length
 from cpbench.verification import Check, Kind, MethodFindings, Verification, VerifyReport, title
@@ -47,7 +48,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
         )
     for findings in report.methods:
         if findings.reason:
-            text = f"{title(findings.method, findings.given)}: {findings.verdict}: {findings.reason}"
+            reason = without_name(findings.reason, findings.method)
+            text = f"{title(findings.method, findings.given)}: {findings.verdict}: {reason}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

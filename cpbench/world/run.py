@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from cpbench import registry
-from cpbench.case import Case
+from cpbench.case import TRACED_STEPS, Case
 from cpbench.machine import nvml
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.cpu_trace import CpuTrace
@@ -39,9 +39,6 @@ from cpbench.train import TrainStep, World
 from cpbench.world.emulate import counting, emulated_world, estimated
 from cpbench.world.estimate import estimate_ranks
 from cpbench.world.measure import measured_world
-
-TRACED_STEPS = 2
-"""Steps under the memory trace; they count as warm-up.  The first is left out of an emulated case."""
 
 
 def run_case(case: Case, plugins: Sequence[Path], scratch: Path) -> WorkerReport:

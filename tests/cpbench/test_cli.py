@@ -16,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import cpbench.cli.sweep as sweep_command
-from cpbench.case import Case
+from cpbench.case import STACKS, Case
 from cpbench.cli import app
 from cpbench.expand import ResolvedCase
 from cpbench.record import read_record
@@ -40,6 +40,7 @@ SURFACE = {
         "--runs",
         "--seqlen",
         "--stack",
+        "--stack-option",
         "--world",
     },
     "list": {"--json", "--plugin"},
@@ -84,6 +85,7 @@ SURFACE = {
         "--seed",
         "--seqlen",
         "--stack",
+        "--stack-option",
         "--steps",
         "--timeout",
         "--warmup",
@@ -179,7 +181,7 @@ BAD = [
     (["--method", "rng"], "did you mean 'ring'"),
     (["--model", "tyny"], "did you mean 'tiny'"),
     (["--scenario", "smok"], "did you mean 'smoke'"),
-    (["--scenario", "missing.toml"], "cannot be read"),
+    (["--scenario", "missing.toml"], "missing.toml cannot be read: No such file or directory"),
     (["--seqlen", "abc"], "'abc' is not a positive number"),
     (["--seqlen", "0"], "at least 1"),
     (["--seqlen=-4"], "'-4' is not a positive number"),
@@ -197,6 +199,18 @@ BAD = [
     (["--timeout", "-1"], "timeout_seconds"),
     (["--option", "upipe"], "method.field=value"),
     (["--option", "ring.x=1", "--method", "upipe"], "add --method ring"),
+    (["--stack-option", "tile_mpl=true"], "did you mean 'tile_mlp'"),
+    (["--stack-option", "tile_mlp"], "FIELD=VALUE"),
+    (["--stack-option", "tile_mlp=maybe"], "tile_mlp"),
+    (["--stack-option", "tile_mlp=true", "--stack-option", "tile_mlp=false"], "given twice"),
+    (["--seqlen", ""], "--seqlen '' has no value"),
+    (["--method", ""], "--method '' has no value"),
+    (["--world", ","], "--world ',' has no value"),
+    (["--model", ""], "--model '' has no value"),
+    (["--seqlen", "99999999999999M"], "more than 1024M tokens"),
+    (["--seqlen", "9" * 5000], "more than 1024M tokens"),
+    (["--hardware", "h100"], "did you mean 'h100-80g'"),
+    (["--option", "ulises.x=1"], "unknown method 'ulises'; did you mean 'ulysses'"),
     (["--plugin", "missing.py"], "missing.py"),
     (["--name", "../up"], "run name"),
     (["--resume"], "--resume needs --name"),
@@ -239,7 +253,7 @@ def test_a_bad_scenario_file_is_refused(text: str, tmp_path: Path, empty_folder:
     file.write_text(text, encoding="utf-8")
     code, _, err = invoke("sweep", "--scenario", str(file))
     assert code == 2
-    assert "'mine'" in err
+    assert f"'mine' (file {file})" in err
     assert list(empty_folder.iterdir()) == []
 
 
@@ -334,6 +348,36 @@ def test_host_memory_is_that_of_estimates(resolved: list[Case]) -> None:
     assert (measured.hardware, measured.host_memory_bytes) == (None, None)
 
 
+def test_stack_options_change_every_case(resolved: list[Case]) -> None:
+    """--stack-option sets single parts of the stack, as a scenario's [stack] table does."""
+    changes = ("optimizer_offload=true", "save_attention=auto", "host_budget_bytes=1.5TiB", "tile_mlp=false")
+    flags = [part for change in changes for part in ("--stack-option", change)]
+    invoke("sweep", "--method", "ring", "--world", "2", *SMALL, *flags, "--dry-run")
+    (case,) = resolved
+    assert case.stack == STACKS["long"].model_copy(
+        update={
+            "optimizer_offload": True,
+            "save_attention": "auto",
+            "host_budget_bytes": 3 * 2**39,
+            "tile_mlp": False,
+        }
+    )
+
+
+@pytest.mark.usefixtures("resolved")
+@pytest.mark.parametrize(("timeout", "warned"), [("1800", True), ("200000", False)])
+def test_a_time_limit_that_cannot_suffice_is_said(
+    timeout: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A case that takes longer than --timeout even at the peak of the devices is warned of, with a better limit."""
+    monkeypatch.setattr("cpbench.expand.visible_gpus", lambda: (("a GPU",), None))
+    flags = ["--method", "upipe", "--seqlen", "5M", "--mode", "emulate", "--device", "cuda"]
+    code, _, err = invoke("sweep", *flags, "--timeout", timeout, "--dry-run")
+    assert code == 0
+    assert ("1 case cannot end within --timeout 1800" in err) == warned
+    assert ("try --timeout" in err) == warned
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("resolved")
 def test_a_sweep_from_flags_to_records(empty_folder: Path) -> None:
@@ -375,10 +419,54 @@ def test_lists_as_text_and_json(kind: str, name: str) -> None:
 
 
 def test_an_unknown_list_is_refused() -> None:
-    """A kind that cannot be listed is a usage error that names those that can."""
-    code, _, err = invoke("list", "things")
+    """A kind that cannot be listed is a usage error that names those that can, and the nearest."""
+    code, _, err = invoke("list", "method")
     assert code == 2
-    assert "methods" in err
+    assert "did you mean 'methods'? Known: hardware, methods, models, scenarios" in err
+
+
+@pytest.mark.parametrize("arguments", [("plan", "--method"), ("explain", "--seqlen"), ("verify", "--method")])
+def test_an_empty_value_is_no_default(arguments: tuple[str, str], empty_folder: Path) -> None:
+    """What an unset variable of a shell leaves is refused by every command, before anything runs."""
+    code, _, err = invoke(*arguments, "")
+    assert code == 2
+    assert f"{arguments[1]} '' has no value" in err
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["plan", "explain"])
+def test_a_folder_that_cannot_be_written_is_said_first(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--out is named, not --runs, and no estimate has run."""
+
+    def unexpected(*_: object, **__: object) -> None:
+        raise AssertionError("an estimate ran")
+
+    monkeypatch.setattr(f"cpbench.cli.{command}._{'found' if command == 'plan' else 'explained'}", unexpected)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    code, _, err = invoke(command, "--out", str(tmp_path / "file" / "out"))
+    assert code == 2
+    assert "choose another place with --out" in err
+    assert "run" not in err.replace(str(tmp_path), "")
+
+
+@pytest.mark.usefixtures("resolved")
+def test_exclude_rules_that_do_nothing_are_said(tmp_path: Path) -> None:
+    """A rule with an unknown method is refused; one that matches no case of its scenario is warned of."""
+    text = "[sweep]\nmethod = 'ring'\nmodel = 'tiny'\n[[exclude]]\nmethod = '{}'\n"
+    file = tmp_path / "mine.toml"
+    file.write_text(text.format("rng"), encoding="utf-8")
+    code, _, err = invoke("sweep", "--scenario", str(file), "--dry-run", "--device", "cpu")
+    assert (code, "unknown method of an [[exclude]] rule 'rng'; did you mean 'ring'" in err) == (2, True)
+    file.write_text(text.format("upipe"), encoding="utf-8")
+    code, _, err = invoke("sweep", "--scenario", str(file), "--dry-run", "--device", "cpu")
+    assert (code, "rule method = upipe of scenario 'mine' matches none" in err) == (0, True)
+    file.write_text(text.replace("'ring'", "['ring', 'upipe']").format("upipe"), encoding="utf-8")
+    code, _, err = invoke(
+        "sweep", "--scenario", str(file), "--method", "ring", "--dry-run", "--device", "cpu"
+    )
+    assert (code, err) == (0, "")
 
 
 def test_report_of_an_unknown_run_is_refused(empty_folder: Path) -> None:

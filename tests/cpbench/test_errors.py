@@ -23,6 +23,13 @@ def test_every_error_is_the_users_problem() -> None:
         assert each.__name__ in str(errors.__doc__)
 
 
+def test_a_name_that_begins_so_is_nearer() -> None:
+    """A shortened name finds the name that begins with it; another word for a value finds the value."""
+    assert nearest("h100", ["h200", "h100-80g", "h100-96g-nvl"]) == "h100-80g"
+    assert nearest("gpu", ["cpu", "cuda"]) == "cuda"
+    assert nearest("gpu", ["gpus_per_node"]) == "gpus_per_node"
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("rng", "ring"), ("RING", "ring"), ("ulyses", "ulysses"), ("zzz", None), ("", None)],

@@ -192,3 +192,14 @@ def test_the_what_if_profile_differs_in_attention_only() -> None:
     assert what_if.model_copy(update=same) == real.model_copy(update=same)
     same = {"attention": {}}
     assert what_if.rates.model_copy(update=same) == real.rates.model_copy(update=same)
+
+
+def test_a_misspelt_key_of_a_profile_is_named(tmp_path: Path) -> None:
+    """The unknown key is in the message, with the nearest valid one, also inside the rates."""
+    text = profile_names()["h100-80g"].read_text(encoding="utf-8")
+    file = tmp_path / "mine.toml"
+    for key in ("gpus_per_node", "link_latency_seconds"):
+        assert f"\n{key} =" in text
+        file.write_text(text.replace(f"\n{key} =", f"\n{key[:-1]} ="), encoding="utf-8")
+        with pytest.raises(UsageError, match=f"unknown key '(rates.)?{key[:-1]}'; did you mean '{key}'"):
+            load_hardware(str(file))

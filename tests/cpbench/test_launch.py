@@ -127,7 +127,11 @@ def test_timeout_says_how_far_it_got(tmp_path: Path) -> None:
     prepare(job, rank_log="stuck in a collective\n")
     (job.folder / "progress.json").write_text('{"phase": "step", "done": 2, "total": 5}', encoding="utf-8")
     reason = str(ended(job, code=143, timed_out=True).reason)
-    assert reason.startswith("no result after 90 s, in step 2/5; allow more with --timeout")
+    # Twice 90 s x 5/2, 15 minutes to start, in whole 10 minutes.
+    assert (
+        "no result after 90 s, in step 2/5; allow more with --timeout, at this pace about --timeout 1800\n"
+        in reason
+    )
     assert "stuck in a collective" in reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -12,22 +13,23 @@ import uuid
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from cpbench.case import Case
-from cpbench.cli import app
-from cpbench.cli.plan import _nothing
+from cpbench.case import STACKS, Case, Stack
+from cpbench.cli import app, flags
+from cpbench.cli.plan import _nothing, _print
 from cpbench.context_plan import ContextPlan, MethodPlan, Question
 from cpbench.errors import UsageError
 from cpbench.estimates import Estimate
 from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES, fit, load_hardware
 from cpbench.model_config import load_model
 from cpbench.plan import STEP, plan_context
-from cpbench.planned_run import scenario_text, sweep_command, torchrun_line
+from cpbench.planned_run import duration_words, scenario_text, sweep_command, torchrun_line
 from cpbench.record import Record
 from cpbench.report.plan_picture import write_plan_picture
 from cpbench.scenario import parse_scenario
-from cpbench.units import GIB, MIB
+from cpbench.units import GIB, MIB, format_bytes
 from tests.cpbench.workers.harness import ROOT, TOKEN, alive, wait_until
 
 H100 = load_hardware("h100-80g")
@@ -206,6 +208,57 @@ def test_a_length_that_no_method_takes_is_said() -> None:
 
     assert found.recommended is None
     assert _nothing(found).startswith("no method can run 1M here")
+    assert "multiples of" not in _nothing(found)
+    odd = planned(MadeUp(ring=(9000, 1000, 1e-5)), methods="single", seq_len=MIB + 1)
+    assert "multiples of 64K" in _nothing(odd)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_tables_say_what_ends_each_method_in_any_window(width: int) -> None:
+    """Numbers are whole, and reasons are there in full, also of a length that a method refuses."""
+    reason = "ring: seq_len=1000001 is not divisible by 16 (2 x world_size=8); use 1000000 or 1000016"
+    estimates = MadeUp(ulysses=(12_000, 1000, 1e-4))
+    found = planned(estimates, methods="ring ulysses", seq_len=MIB)
+    ring = found.methods[0].model_copy(update={"reason": reason, "ended_by": "divisibility"})
+    found = found.model_copy(update={"methods": (ring, *found.methods[1:])})
+    console = Console(file=io.StringIO(), width=width)
+    _print(console, found)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    flat = " ".join(text.split())
+    assert flat.count("not divisible by 16") == 2
+    assert "optimizer_offload=true; then device memory:" in flat
+    longest = found.methods[1].longest
+    assert longest is not None
+    assert format_bytes(longest.device_needed_bytes) in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_numbers_that_a_method_refuses_are_no_question_of_memory() -> None:
+    """What ends a method whose ranks do not divide the heads is divisibility."""
+
+    class Refusing(MadeUp):
+        def estimate(self, case: Case) -> Estimate:
+            return Estimate(case=case, reason="num_heads=32 is not divisible by world_size=6")
+
+    assert only(planned(Refusing(ring=(1, 1, 1)))).ended_by == "divisibility"
+
+
+def test_the_command_gives_the_steps_time_enough() -> None:
+    """Long steps are timed once, short ones three times; the limit is twice all steps and a start, in both forms."""
+    for seconds, steps, limit in ((1e-5, 3, 1800), (3e-3, 1, 31200)):
+        found = planned(MadeUp(ulysses=(9000, 1000, seconds)), seq_len=2 * MIB)
+        choice = found.recommended
+        assert choice is not None
+        assert choice.point.step_seconds is not None
+        assert limit >= 2 * (2 + steps) * choice.point.step_seconds + 900
+        words = sweep_command(found.question, choice, model="llama3-8b")
+        assert words[words.index("--steps") + 1] == str(steps)
+        assert words[words.index("--timeout") + 1] == str(limit)
+        scenario = parse_scenario(scenario_text(found.question, choice, model="llama3-8b"), name="it")
+        assert (scenario.run.steps, scenario.run.timeout_seconds) == (steps, limit)
+        assert "2 traced and" in duration_words(choice)
 
 
 def test_more_ranks_reach_further() -> None:
@@ -254,11 +307,14 @@ def test_the_command_means_the_recommended_case(
     )
     assert case.nodes == choice.nodes
     assert estimated.host_memory_bytes == (None if host_ram is None else host)
-    assert estimated.model_copy(update={"host_memory_bytes": host}) in estimates.asked
+    asked = [case.model_copy(update={"steps": 1, "warmup": 0}) for case in estimates.asked]
+    assert estimated.model_copy(update={"host_memory_bytes": host, "steps": 1, "warmup": 0}) in asked
     assert ("--host-ram" in words) == (host_ram is not None)
     changed = {k: v for k, v in case.stack.model_dump().items() if k in choice.configuration.stack}
     assert changed == choice.configuration.stack
     assert words[words.index("--method") + 1] == "ulysses"
+    changes = [words[k + 1] for k, word in enumerate(words) if word == "--stack-option"]
+    assert Stack.model_validate(STACKS["long"].model_dump() | flags.stack_changes(changes)) == case.stack
     assert ("--nodes" in words) == (choice.nodes > 1)
     line = shlex.split(torchrun_line(choice))
     assert int(line[line.index("--nproc-per-node") + 1]) * choice.nodes == choice.world_size

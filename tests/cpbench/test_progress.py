@@ -14,7 +14,7 @@ from cpbench.mode import ModeChoice
 from cpbench.progress import LiveDisplay, PlainDisplay, make_display
 from cpbench.record import Record
 from cpbench.scenario import Scenario
-from cpbench.summary import case_columns, print_cases, print_summary
+from cpbench.summary import CaseNames, print_cases, print_summary
 from tests.cpbench.workers.harness import fake_case
 
 FACTS = {
@@ -125,6 +125,14 @@ def test_plain_lines_survive_brackets_and_width() -> None:
     assert "second line" not in text_of(console)
 
 
+def test_a_reason_does_not_say_the_method_twice() -> None:
+    """Methods begin their reasons with their name, which a line of a case has already."""
+    plan = plan_of(1)
+    console = terminal(200)
+    print_summary([failed(plan.cases[0].case, "single: seq_len=7 is not divisible")], console)
+    assert "error: seq_len=7" in text_of(console)
+
+
 @pytest.mark.parametrize("width", [80, 160])
 def test_summary_shows_reasons_at_any_width(width: int) -> None:
     """The table fits, and every reason can be read in full below it."""
@@ -163,17 +171,71 @@ def test_an_emulation_shows_its_parts(width: int) -> None:
 
 
 def test_columns_appear_only_where_cases_differ() -> None:
-    """Model, stack, dtype, batch and options take room only if they tell cases apart."""
+    """Model, stack, dtype and batch take room only if they tell cases apart; options only those that differ."""
     case = fake_case("ok")
-    assert [name for name, _ in case_columns([case, case])] == ["method", "length", "world"]
-    other = case.model_copy(update={"dtype": "bfloat16", "options": {"act": "fail"}})
-    assert [name for name, _ in case_columns([case, other])] == [
-        "method",
-        "length",
-        "world",
-        "dtype",
-        "options",
-    ]
+    assert CaseNames([case, case]).columns == ("method", "length", "world")
+    assert CaseNames([case, case]).options(case) == ""
+    other = case.model_copy(update={"dtype": "bfloat16", "options": {"act": "fail", "same": 1}})
+    third = other.model_copy(update={"method": "ring"})
+    names = CaseNames([case.model_copy(update={"options": {"act": "ok", "same": 1}}), other, third])
+    assert names.columns == ("method", "length", "world", "dtype")
+    assert names.options(other) == "act=fail"
+    assert names.options(third) == ""
+    assert names.title(other) == "single  tiny  1K  x2  bfloat16  act=fail"
+
+
+def varied_plan() -> Plan:
+    """Cases that differ in everything, with a long method name and long options."""
+    base = fake_case("ok", seq_len=1000001)
+    cases = [base.model_copy(update={"method": "torch-ring"})]
+    for value in ("device", "host"):
+        options = {"keep_output": value, "stage_heads": 8, "published": value == "host", "all_of_them": 1}
+        changes = {"method": "upipe", "options": options, "batch_size": 2, "dtype": "bfloat16"}
+        cases.append(base.model_copy(update=changes))
+    return Plan(
+        scenario=Scenario(name="fake"),
+        choice=ModeChoice("measure", "cpu", "a test"),
+        cases=tuple(ResolvedCase(case=case) for case in cases),
+    )
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_no_number_is_cut_where_options_vary(width: int) -> None:
+    """Summary and live table show every number, name and differing option whole, in a narrow window too."""
+    plan = varied_plan()
+    records = [ok(item.case) for item in plan.cases]
+    for live in (False, True):
+        console = terminal(width)
+        if live:
+            display = LiveDisplay(plan, console)
+            for record in records:
+                display.finished(record)
+            console.print(display._render())
+        else:
+            print_summary(records, console)
+        output = text_of(console)
+        for whole in ("torch-ring", "1000001", "51.0 GiB", "12.3 s", "123,456", "tokens/s", "bfloat16"):
+            assert whole in output, (live, whole, output)
+        for option in ("keep_output=device", "keep_output=host", "published=false"):
+            assert option in output, (live, output)
+        assert "stage_heads" not in output
+        assert "all_of_them" not in output
+        assert "…" not in output
+        assert max(map(len, output.splitlines())) <= width
+
+
+def test_progress_lines_name_what_differs() -> None:
+    """Plain and live lines of cases that differ only in an option can be told apart."""
+    plan = varied_plan()
+    console = Console(file=io.StringIO(), width=80)
+    with PlainDisplay(plan, console) as display:
+        display.started(plan.cases[2].case)
+        display.finished(ok(plan.cases[2].case))
+    lines = text_of(console).splitlines()
+    assert all("keep_output=host, published=true" in line for line in lines[-2:])
+    live = LiveDisplay(plan, terminal(200))
+    live.started(plan.cases[1].case)
+    assert "keep_output=device" in live._now()[0]
 
 
 def test_dry_run_lists_ids_and_reasons() -> None:

@@ -85,7 +85,7 @@ def test_a_pipe_gets_plain_lines(finished: tuple[RunFolder, int, str]) -> None:
     output = finished[2]
     assert "mode measure on cpu" in output
     assert output.count("started\n") == 4
-    assert "[2/4] single  tiny  1025  x2  error  rank 1: the flux capacitor is empty" in output
+    assert "[2/4] single  tiny  1025  x2  act=fail  error  rank 1: the flux capacitor is empty" in output
     assert "\x1b" not in output
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cpbench.errors import UsageError
 from cpbench.units import (
+    MAX_LENGTH,
     format_bytes,
     format_length,
     format_rate,
@@ -36,17 +37,21 @@ def test_what_is_no_length_is_refused_with_its_value(text: str) -> None:
     assert repr(text) in str(caught.value)
 
 
-@given(st.integers(min_value=1, max_value=2**40))
+@given(st.integers(min_value=1, max_value=MAX_LENGTH))
 def test_shown_lengths_read_back(tokens: int) -> None:
     """A length shown to the user is the same length when typed."""
     assert parse_length(format_length(tokens)) == tokens
 
 
-@given(st.integers(min_value=1, max_value=2**30), st.sampled_from(["", "K", "k", "M", "m"]))
+@given(st.integers(min_value=1, max_value=2**40), st.sampled_from(["", "K", "k", "M", "m"]))
 def test_suffixes_multiply_exactly(number: int, suffix: str) -> None:
-    """Integers with a suffix are exact at any size, without a detour through floats."""
+    """Integers with a suffix are exact up to the longest length, without a detour through floats; longer is refused."""
     factor = {"": 1, "k": 2**10, "m": 2**20}[suffix.lower()]
-    assert parse_length(f"{number}{suffix}") == number * factor
+    if number * factor <= MAX_LENGTH:
+        assert parse_length(f"{number}{suffix}") == number * factor
+    else:
+        with pytest.raises(UsageError, match="more than 1024M tokens"):
+            parse_length(f"{number}{suffix}")
 
 
 @pytest.mark.parametrize(
