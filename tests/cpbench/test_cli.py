@@ -89,6 +89,7 @@ SURFACE = {
         "--world",
     },
     "verify": {
+        "--attention-bias",
         "--batch",
         "--device",
         "--dtype",
