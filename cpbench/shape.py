@@ -126,9 +126,9 @@ def matrix(world_size: int, dtype: Dtype = "float32") -> tuple[Shape, ...]:
     w, heads, few = world_size, _multiple(world_size), max(1, world_size // 2)
     shapes = [
         model_shape(w, dtype),
-        _shape(w, 8 * few * (w // gcd(8 * few, w)), few, 64, 2 * w, 1, dtype, attention_bias=True),
+        _shape(w, 8 * few * (w // gcd(8 * few, w)), few, 64, 2 * w, 1, dtype),
         _shape(w, heads, heads, 64, 6 * w, 1, dtype),
-        _shape(w, 3 * heads, 3, 64, 10 * w, 2, dtype),
+        _shape(w, 3 * heads, 3, 64, 10 * w, 2, dtype, attention_bias=True),
     ]
     if w > 1:
         odd = (3 * w // 2, 3) if w % 2 == 0 else (w + 1, 1)

@@ -129,7 +129,7 @@ def verify(
     kept in host memory; causality, forward and backward; heads in another order; bytes sent, and peaks at a long
     length, against the method's closed forms; loss and gradient norm of the whole model over three optimizer steps in
     several stacks against `single`. The standard shapes have MHA, GQA, fewer KV heads than ranks, head counts that are
-    no power of two or do not divide, one and two sequences. Exit code 1 if anything fails.
+    no power of two or do not divide, one and two sequences, biases. Exit code 1 if anything fails.
     """
     from rich.console import Console
 

@@ -45,8 +45,8 @@ class ProjectionGradients:
     """Gradients of a projection's parameters, None where it has none."""
 
     weight: Tensor  # [h*e, d]
-    bias: Tensor | None  # [h*e]
-    norm: Tensor | None  # [e]
+    bias: Tensor | None  # [h*e], float32
+    norm: Tensor | None  # [e], float32
 
     def named(self, which: Which) -> dict[str, Tensor | None]:
         """Return them by the names of `cpbench.method.ATTENTION_WEIGHTS`; values have no norm there."""
@@ -98,7 +98,7 @@ def head_gradient(
 
     Returns:
         (gradient of the GEMM's output, `[b*n, h*e]`, in grad's storage; gradient of the bias or None; of norm.weight or
-        None).
+        None).  The last two are sums over tokens in float32, for the caller to add to or to round.
     """
     head_dim, norm = grad.shape[-1], projection.norm
     grad = grad.contiguous()  # an all-to-all of one head a rank gives a transposed view
@@ -118,7 +118,7 @@ def _bias_gradient(grad: Tensor) -> Tensor:
     total = torch.zeros(grad.shape[1], dtype=torch.float32, device=grad.device)
     for rows in tiles(grad.shape[0], _TILE_ELEMENTS // grad.shape[1], sums=True):
         total += grad[rows].sum(0, dtype=torch.float32)
-    return total.to(grad.dtype)
+    return total
 
 
 def _norm_backward_(grad: Tensor, raw: Tensor, norm: HeadNorm) -> Tensor:
@@ -133,4 +133,4 @@ def _norm_backward_(grad: Tensor, raw: Tensor, norm: HeadNorm) -> Tensor:
         weight_grad += (up * unit).sum(0)
         scaled = up * weight
         g.copy_(inverse * (scaled - unit * (scaled * unit).mean(-1, keepdim=True)))
-    return weight_grad.to(norm.weight.dtype)
+    return weight_grad

