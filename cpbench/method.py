@@ -14,7 +14,8 @@ d hidden_dim.  Tensors that hold heads are `[b, s, h, e]`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 from cpbench.case import Case
@@ -65,6 +66,22 @@ class AttentionWeights:
     wo: Tensor  # [d, h*e]
     q_norm: Tensor | None = None  # [e], only with ModelConfig.qk_norm
     k_norm: Tensor | None = None  # [e]
+    bq: Tensor | None = None  # [h*e], only with ModelConfig.attention_bias
+    bk: Tensor | None = None  # [k*e]
+    bv: Tensor | None = None  # [k*e]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None]) -> AttentionWeights:
+        """Return the weights from tensors in the order of `ATTENTION_WEIGHTS`."""
+        return cls(*tensors)  # type: ignore[arg-type]  # the first four are in every model
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return all in the order of `ATTENTION_WEIGHTS`, as an autograd function takes them."""
+        return tuple(getattr(self, name) for name in ATTENTION_WEIGHTS)
+
+
+ATTENTION_WEIGHTS = tuple(weight.name for weight in fields(AttentionWeights))
+"""Names of the parameters of an attention block; its gradients have the same order."""
 
 
 class Method(Protocol):

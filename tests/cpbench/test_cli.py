@@ -92,6 +92,7 @@ SURFACE = {
         "--world",
     },
     "verify": {
+        "--attention-bias",
         "--batch",
         "--device",
         "--dtype",

@@ -25,20 +25,20 @@ from tests.cpbench.many_cases import measure
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a world size also waits for its real ranks
 METHODS = tuple(registry.method_files())
-# heads, KV heads, head_dim, hidden, ffn, layers, batch, tokens a rank, qk-norm
+# heads, KV heads, head_dim, hidden, ffn, layers, batch, tokens a rank, qk-norm, biases
 SHAPES = (
-    (8, 8, 16, 64, 136, 2, 1, 104, False),
-    (8, 2, 16, 64, 136, 2, 1, 104, False),
-    (8, 1, 32, 96, 104, 1, 1, 52, False),
-    (12, 3, 24, 104, 216, 2, 2, 52, True),
-    (12, 6, 8, 48, 200, 3, 1, 132, False),
-    (4, 4, 64, 128, 96, 1, 1, 68, True),
-    (16, 2, 16, 80, 304, 2, 1, 76, False),
-    (16, 16, 8, 128, 136, 1, 2, 44, False),
-    (8, 4, 128, 64, 72, 1, 1, 84, False),
-    (24, 8, 16, 112, 128, 2, 1, 36, True),
-    (4, 2, 32, 256, 512, 2, 1, 60, False),
-    (20, 4, 16, 72, 88, 1, 1, 92, False),
+    (8, 8, 16, 64, 136, 2, 1, 104, False, False),
+    (8, 2, 16, 64, 136, 2, 1, 104, False, False),
+    (8, 1, 32, 96, 104, 1, 1, 52, False, False),
+    (12, 3, 24, 104, 216, 2, 2, 52, True, True),
+    (12, 6, 8, 48, 200, 3, 1, 132, False, False),
+    (4, 4, 64, 128, 96, 1, 1, 68, True, False),
+    (16, 2, 16, 80, 304, 2, 1, 76, False, True),
+    (16, 16, 8, 128, 136, 1, 2, 44, False, False),
+    (8, 4, 128, 64, 72, 1, 1, 84, False, True),
+    (24, 8, 16, 112, 128, 2, 1, 36, True, False),
+    (4, 2, 32, 256, 512, 2, 1, 60, False, True),
+    (20, 4, 16, 72, 88, 1, 1, 92, False, False),
 )
 
 
@@ -51,7 +51,7 @@ def cases(world_size: int) -> tuple[Case, ...]:
 def _cases(world_size: int) -> Iterator[Case]:
     stacks = tuple(STACKS.values())
     for turn, shape in enumerate(SHAPES):
-        heads, kv_heads, head_dim, hidden, ffn, layers, batch, tokens, qk_norm = shape
+        heads, kv_heads, head_dim, hidden, ffn, layers, batch, tokens, qk_norm, biases = shape
         model = ModelConfig(
             hidden_dim=hidden,
             num_layers=layers,
@@ -61,6 +61,7 @@ def _cases(world_size: int) -> Iterator[Case]:
             ffn_dim=ffn,
             vocab_size=251,
             qk_norm=qk_norm,
+            attention_bias=biases,
         )
         for index, method in enumerate(METHODS):
             if world_size == 2 and (turn + index) % 2:

@@ -19,6 +19,7 @@ BROKEN = {
     path.stem.replace("_", "-"): path for path in sorted((Path(__file__).parent / "broken").glob("*.py"))
 }
 FOUND_BY = {
+    "broken-bias": {"dbv", "dbv (checkpoint)", "grad norm (plain)"},
     "broken-causality": {"causality", "causality (backward)", "out"},
     "broken-costs": {"sent (forward)", "sent (backward)"},
     "broken-fpdt-keys": {"dwk", "dx", "dwk (checkpoint)", "grad norm (plain)"},
@@ -34,6 +35,7 @@ FOUND_BY = {
 }
 """Checks that must fail for a fault, among others."""
 NOT_FOUND_BY = {
+    "broken-bias": {"out", "dx", "dwv", "dbq", "dbk", "causality"},
     "broken-causality": {"out (heads permuted)"},
     "broken-costs": {"out", "dx", "peak (forward)", "grad norm (long)"},
     "broken-fpdt-keys": {"out", "dwq", "dwv", "causality", "loss (plain)"},
@@ -150,7 +152,7 @@ def test_bfloat16_errors_stay_near_the_baseline() -> None:
 @pytest.mark.timeout(600)
 def test_planted_faults_are_found() -> None:
     """Each broken method fails by the checks that its fault must show in, and the healthy ones beside them pass."""
-    shape = Shape(head_dim=64, num_kv_heads=2)
+    shape = Shape(head_dim=64, num_kv_heads=2, attention_bias=True)
     report = run(
         Selection(shapes=(shape,), stacks={shape: ("plain", "long")}, counted=frozenset([shape])),
         *("ulysses", "ring", *(name for name in BROKEN if name != "broken-precision")),

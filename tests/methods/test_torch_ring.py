@@ -66,8 +66,16 @@ def test_tokens_are_where_pytorch_puts_them() -> None:
 
 @pytest.mark.slow
 def test_its_ring_function_equals_the_reference_on_cpu_ranks() -> None:
-    """Both rotations, grouped queries, normalised, in a batch: output, gradients and a whole model within 1e-5."""
-    shape = Shape(world_size=4, num_heads=8, num_kv_heads=2, head_dim=16, batch_size=2, qk_norm=True)
+    """Both rotations, grouped queries, normalised, biases, a batch: output, gradients and a model within 1e-5."""
+    shape = Shape(
+        world_size=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=16,
+        batch_size=2,
+        qk_norm=True,
+        attention_bias=True,
+    )
     selection = Selection(shapes=(shape,), stacks={shape: ("long",)}, thorough=frozenset({shape}))
 
     report = verify(VerifyRequest(methods=("torch-ring-on-cpu",), selection=selection, plugins=(ON_CPU,)))
