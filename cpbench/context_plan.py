@@ -43,7 +43,7 @@ class Point(BaseModel):
     device_needed_bytes: int
     """With margin, context and communicators."""
     host_needed_bytes: int
-    """Pinned host memory of a node."""
+    """Of a node, with margin and the ranks' processes."""
     step_seconds: float | None = None
     tokens_per_second_per_gpu: float | None = None
     mfu: float | None = None

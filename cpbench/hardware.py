@@ -14,9 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 from cpbench.case import Case
 from cpbench.errors import UnknownName, UsageError
-from cpbench.units import format_bytes
+from cpbench.units import GIB, format_bytes
 
 _FOLDER = Path(__file__).resolve().parent / "profiles"
+HOST_MARGIN = 0.03
+"""Part of a node's memory that ranks cannot pin.  The kernel describes each page of 4 KiB in 64 bytes (1.6 %) and maps
+each pinned one in 8 (0.2 %); the rest is for the system's services and its file cache."""
+HOST_PROCESS_BYTES = 3 * GIB
+"""Host memory of a rank's process beside its pinned pool: interpreter, libraries, what the driver and the collectives
+keep there.  Assumed: of a program of two lines that uses CUDA 2.0 GiB are reported (pytorch/pytorch issue 113326)."""
 _STREAMS = 4  # compute, communication, copies out, copies in: the allocator keeps segments for each
 _KEPT_TENSORS = 4 * 14  # of a layer: at most 14 parameters, each with a gradient and two optimizer states
 
@@ -128,8 +134,9 @@ class Fit(BaseModel):
     status: Literal["ok", "oom_device", "oom_host"]
     reason: str | None
     device_needed_bytes: int
+    """Of a rank, with margin, context and communicators."""
     host_needed_bytes: int
-    """Of a node."""
+    """Of a node, with the margin and what the ranks' processes take."""
 
 
 def profile_names() -> dict[str, Path]:
@@ -158,6 +165,17 @@ def load_hardware(name: str) -> Hardware:
         raise UsageError(f"hardware profile {path}: {where}: {problem['msg']}") from error
 
 
+def host_bytes_of(case: Case, hardware: Hardware) -> int:
+    """Return the host memory of a node: what the case says, else the profile."""
+    return case.host_memory_bytes or hardware.host_memory_bytes
+
+
+def pinnable_bytes(case: Case, hardware: Hardware) -> int:
+    """Return how much of a node's host memory is left for its ranks to pin; negative if their processes fill it."""
+    there = host_bytes_of(case, hardware)
+    return there - round(there * HOST_MARGIN) - _ranks_on_node(case, hardware) * HOST_PROCESS_BYTES
+
+
 def nodes_of(world_size: int, hardware: Hardware) -> int:
     """Return the nodes that a number of ranks fills.
 
@@ -177,7 +195,7 @@ def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> 
     """Return whether the estimated needs of a rank fit.
 
     Args:
-        case: gives the ranks.
+        case: gives the ranks, and a node's host memory if that is not the profile's.
         hardware: the machine.
         peak_bytes: peak of the rank's tensors.
         host_bytes: pinned host memory of the rank.
@@ -186,20 +204,27 @@ def fit(case: Case, hardware: Hardware, *, peak_bytes: int, host_bytes: int) -> 
     overhead = hardware.context_bytes + communicators * hardware.communicator_bytes
     overhead += hardware.allocator.unused_bytes(case.architecture.num_layers)
     device = round(peak_bytes * (1 + hardware.margin)) + overhead
-    host = host_bytes * min(case.world_size // case.nodes, hardware.gpus_per_node)
+    there = host_bytes_of(case, hardware)
+    host = there - pinnable_bytes(case, hardware) + host_bytes * _ranks_on_node(case, hardware)
     status: Literal["ok", "oom_device", "oom_host"] = "ok"
     reason = None
     if device > hardware.usable_memory_bytes:
         status = "oom_device"
-        reason = _short("device memory", device, hardware.usable_memory_bytes, "a rank")
-    elif host > hardware.host_memory_bytes:
+        what = f"{hardware.margin:.0%} margin, context, communicators and segments"
+        reason = _short("device memory", device, hardware.usable_memory_bytes, "a rank", what)
+    elif host > there:
         status = "oom_host"
-        reason = _short("host memory", host, hardware.host_memory_bytes, "a node")
+        what = f"{HOST_MARGIN:.0%} of it and {format_bytes(HOST_PROCESS_BYTES)} a rank"
+        reason = _short("host memory", host, there, "a node", f"{what} for system and processes")
     return Fit(status=status, reason=reason, device_needed_bytes=device, host_needed_bytes=host)
 
 
-def _short(what: str, needed: int, there: int, per: str) -> str:
+def _ranks_on_node(case: Case, hardware: Hardware) -> int:
+    return min(case.world_size // case.nodes, hardware.gpus_per_node)
+
+
+def _short(what: str, needed: int, there: int, per: str, included: str) -> str:
     return (
-        f"{what}: {format_bytes(needed)} {per} needed (margin and overheads included), {format_bytes(there)} there, "
+        f"{what}: {format_bytes(needed)} {per} needed (with {included}), {format_bytes(there)} there, "
         f"short by {format_bytes(needed - there)}"
     )

@@ -92,6 +92,22 @@ class Method(Protocol):
         """Return the closed-form costs of one block; the derivation is in the docstring."""
 
 
+def representative_ranks(layout: Layout) -> tuple[int, ...]:
+    """Return the ranks whose maximum is that of all ranks, in memory and in time.
+
+    Ranks of a Ulysses group do the same.  Of a ring, every place but the first and the last meets both kinds of hop
+    (keys from an earlier and from a later rank), so it holds as much as any; with contiguous tokens the last place has
+    most to compute.  In a ring of two the places differ, and both are meant.
+
+    Args:
+        layout: of any rank; rank w is at place w // C of its ring, C the Ulysses degree.
+    """
+    last = layout.ring_degree - 1
+    return tuple(
+        place * layout.ulysses_degree for place in sorted({min(1, last), last, 0 if last < 2 else last})
+    )
+
+
 def contiguous_segments(seq_len: int, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:
     """Return one block of s / world_size tokens, in rank order."""
     tokens = seq_len // world_size

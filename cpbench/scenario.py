@@ -70,6 +70,7 @@ Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_lengt
 Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_lengths), Field(min_length=1)]
 Dtypes = Annotated[tuple[Dtype, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Bytes = Annotated[PositiveInt | None, BeforeValidator(_as_bytes)]
 OptionValues = Annotated[tuple[OptionValue, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
@@ -85,6 +86,8 @@ class RunSettings(_Section):
     """None: cuda when GPUs are visible, else cpu."""
     hardware: str = "h100-80g"
     """Machine profile of estimates, and of the communication of emulated cases."""
+    host_memory_bytes: Bytes = None
+    """Of a node that estimates are for, as an integer or a text such as "1.5 TiB"; None: what the profile says."""
     rank: NonNegativeInt | None = None
     """The one rank that is emulated or estimated; None: rank 0."""
     layers: PositiveInt | None = None
@@ -133,7 +136,7 @@ class StackChanges(_Section):
     tile_loss: bool | None = None
     optimizer_offload: bool | None = None
     save_attention: NonNegativeInt | Literal["auto"] | None = None
-    host_budget_bytes: Annotated[PositiveInt | None, BeforeValidator(_as_bytes)] = None
+    host_budget_bytes: Bytes = None
     """An integer, or a text such as "1.5 TiB"."""
 
 
@@ -187,6 +190,8 @@ class Scenario(_Section):
         stacks = {name: self._changed(stack_by_name(name)) for name in axes.stack}
         nodes = {world: self.run.nodes_of_case(world, mode=mode, device=device) for world in axes.world_size}
         names = ("method", "model", "stack", "dtype", "batch_size", "world_size", "seq_len")
+        hardware = self.run.hardware if mode != "measure" and device == "cuda" else None
+        judged = mode == "estimate" and hardware is not None
         cases: list[Case] = []
         for values in itertools.product(*(getattr(axes, name) for name in names)):
             point = dict(zip(names, values, strict=True))
@@ -205,7 +210,8 @@ class Scenario(_Section):
                         mode=mode,
                         device=device,
                         rank=self.run.rank,
-                        hardware=self.run.hardware if mode != "measure" and device == "cuda" else None,
+                        hardware=hardware,
+                        host_memory_bytes=self.run.host_memory_bytes if judged else None,
                         steps=self.run.steps,
                         warmup=self.run.warmup,
                         seed=self.run.seed,

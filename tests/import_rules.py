@@ -23,12 +23,12 @@ NOUNS = """
     model_config hugging_face verification progress_file selection shape block_schedule explanation context_plan
 """
 ORCHESTRATOR = """
-    __main__ cli.* report.* bracket disk doctor estimate_pool estimator expand explain folders gpu_checks interrupt
+    __main__ cli.* report.* bracket disk doctor estimate_pool estimates expand explain folders gpu_checks interrupt
     launch mode outcome plan planned_run progress provenance published recommendation run_folder slurm summary
     supervise sweep verify
 """
 MEASURED = """
-    worker verify_worker explain_worker estimate_server estimate_worker resolve probe parity.* block_count block_log
+    worker verify_worker explain_worker estimate_server plan_worker resolve probe parity.* block_count block_log
     block_names block_recorder train optimizer world.* model.* memory.* timing.* runtime.*
 """
 

@@ -63,6 +63,7 @@ SURFACE = {
         "--dry-run",
         "--dtype",
         "--hardware",
+        "--host-ram",
         "--json",
         "--launcher",
         "--layers",
@@ -321,6 +322,16 @@ def test_flags_override_the_scenario(resolved: list[Case]) -> None:
         7,
         "smoke",
     )
+
+
+def test_host_memory_is_that_of_estimates(resolved: list[Case]) -> None:
+    """Another size is part of an estimated case; one that is measured is judged by no profile."""
+    flags = ("sweep", "--method", "ring", *("--world", "2", "--host-ram", "512G"), "--dry-run")
+    invoke(*flags, "--mode", "estimate")
+    invoke(*flags, *SMALL)
+    estimated, measured = resolved
+    assert (estimated.hardware, estimated.host_memory_bytes) == ("h100-80g", 2**39)
+    assert (measured.hardware, measured.host_memory_bytes) == (None, None)
 
 
 @pytest.mark.slow

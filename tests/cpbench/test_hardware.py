@@ -8,7 +8,15 @@ import pytest
 
 from cpbench.case import Case
 from cpbench.errors import UnknownName, UsageError
-from cpbench.hardware import Hardware, fit, load_hardware, profile_names
+from cpbench.hardware import (
+    HOST_MARGIN,
+    HOST_PROCESS_BYTES,
+    Hardware,
+    fit,
+    load_hardware,
+    pinnable_bytes,
+    profile_names,
+)
 from cpbench.model_config import PRESETS
 from cpbench.units import GIB, MIB
 
@@ -107,12 +115,52 @@ def test_host_memory_is_shared_by_the_ranks_of_a_node() -> None:
     assert fit(case(), hardware, peak_bytes=GIB, host_bytes=300 * GIB).status == "oom_host"
 
 
-def test_a_node_that_is_filled_in_part_holds_its_own_ranks_only() -> None:
-    """Eight ranks on four nodes are two a node."""
+def test_host_memory_is_not_filled_to_the_last_byte() -> None:
+    """A share of the node is the system's, and each rank's process takes some; the reason says so and by how much."""
     hardware = load_hardware("h100-80g")
-    spread = case().model_copy(update={"world_size": 8, "nodes": 4})
+    there = hardware.host_memory_bytes
+    room = there - round(HOST_MARGIN * there) - 8 * HOST_PROCESS_BYTES
+    assert pinnable_bytes(case(), hardware) == room
 
-    assert fit(spread, hardware, peak_bytes=0, host_bytes=GIB).host_needed_bytes == 2 * GIB
+    full = fit(case(), hardware, peak_bytes=0, host_bytes=room // 8)
+    over = fit(case(), hardware, peak_bytes=0, host_bytes=room // 8 + GIB)
+
+    assert (full.status, full.host_needed_bytes) == ("ok", there - room % 8)
+    assert over.status == "oom_host"
+    for words in (
+        "3% of it and 3.00 GiB a rank for system and processes",
+        "2.00 TiB there",
+        "short by 8.00 GiB",
+    ):
+        assert words in (over.reason or "")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "nodes", "ranks"), [(8, 4, 2), (8, 1, 8), (16, 2, 8), (16, 1, 8), (2, 1, 2)]
+)
+def test_a_node_holds_its_own_ranks_only(world_size: int, nodes: int, ranks: int) -> None:
+    """Those the case puts there, eight on four nodes are two a node; of a case that says nothing, all its GPUs'."""
+    hardware = load_hardware("h100-80g")
+    spread = case().model_copy(update={"world_size": world_size, "nodes": nodes})
+
+    needed = fit(spread, hardware, peak_bytes=0, host_bytes=GIB).host_needed_bytes
+
+    system = round(HOST_MARGIN * hardware.host_memory_bytes)
+    assert needed == ranks * (GIB + HOST_PROCESS_BYTES) + system
+
+
+def test_a_case_may_have_another_host_memory_than_the_profile() -> None:
+    """It decides, in both directions, and the reason names it."""
+    hardware = load_hardware("h100-80g")
+    little = case().model_copy(update={"host_memory_bytes": 2**40})
+    much = case().model_copy(update={"host_memory_bytes": 2**42})
+
+    assert fit(case(), hardware, peak_bytes=0, host_bytes=200 * GIB).status == "ok"
+    refused = fit(little, hardware, peak_bytes=0, host_bytes=200 * GIB)
+    assert refused.status == "oom_host"
+    assert "1.00 TiB there" in (refused.reason or "")
+    assert fit(case(), hardware, peak_bytes=0, host_bytes=300 * GIB).status == "oom_host"
+    assert fit(much, hardware, peak_bytes=0, host_bytes=300 * GIB).status == "ok"
 
 
 def test_an_unknown_profile_offers_the_nearest() -> None:
