@@ -190,7 +190,7 @@ def table(checks: Checks) -> str:
     head = ("method", "length", "layers", "status", "peak", "estimate", "error", "compute")
     rows = [_row(record) for record in checks.records("sweep")]
     lines += _columns([head, *rows]) if rows else ["  not run"]
-    lines += ["", "throughput, compute only (communication is not in it)"]
+    lines += ["", "throughput, compute only (modelled communication is not in it)"]
     timed = [r for r in checks.records("throughput") if r.compute_seconds is not None]
     rates = {r.method: r.seq_len * r.batch_size / r.world_size / (r.compute_seconds or 1.0) for r in timed}
     lines += [
