@@ -80,7 +80,7 @@ class Job:
 
     @property
     def by_torchrun(self) -> bool:
-        """Whether torchrun starts the ranks; an emulated or estimated case, one process alone, does without its seconds."""
+        """Whether torchrun starts the ranks; an emulated or estimated case is one process, and spares its seconds."""
         return self.case.mode == "measure"
 
     def clean(self) -> None:

@@ -151,7 +151,7 @@ def relax(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["supervisor", "worker"])
 def test_killing_a_part_of_a_case_leaves_no_process(tmp_path: Path, token: str, victim: str) -> None:
-    """When a rank or the supervisor is killed, its case fails and the sweep goes on; --resume repeats that case alone."""
+    """When a rank or the supervisor is killed, its case fails and the sweep goes on; --resume repeats it alone."""
     folder = tmp_path / "run"
     process = start_sweep(folder, "hang,ok", token)
     wait_until(lambda: hanging(folder), seconds=120, what="the first case")
