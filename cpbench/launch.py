@@ -80,7 +80,7 @@ class Job:
 
     @property
     def by_torchrun(self) -> bool:
-        """Whether torchrun starts the ranks; a single rank is a plain process, because torchrun costs seconds."""
+        """Whether torchrun starts the ranks; an emulated or estimated case is one process, and spares its seconds."""
         return self.case.mode == "measure"
 
     def clean(self) -> None:
@@ -165,7 +165,8 @@ def torchrun_command(job: Job) -> list[str]:
             "--local-addr",
             "localhost",
         ]  # a free port of its own; no host name look-up
-    return [*command, "--max-restarts", "0", *job.worker]
+    # Without a folder of ours torchrun makes one in /tmp for every launch, and leaves it there.
+    return [*command, "--log-dir", str(job.folder / "torchrun"), "--max-restarts", "0", *job.worker]
 
 
 def read_progress(job: Job) -> Progress | None:

@@ -118,6 +118,54 @@ def load(name: str, options: Mapping[str, OptionValue], plugins: Sequence[Path] 
         raise UsageError(f"{name}: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Option:
+    """An option of a method, as its file says."""
+
+    name: str
+    default: str
+    """As it is written in a command: `true`, `8`, `auto`."""
+    doc: str
+    """Its docstring in one line; empty if it has none."""
+
+
+def options_of(path: Path) -> tuple[Option, ...]:
+    """Return the options of a method without running its file: the fields of the class that METHOD names.
+
+    A file that cannot be read, or without such a class, has none: loading it says what is wrong.
+    """
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    named = {
+        node.value.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Name)
+        and any(isinstance(target, ast.Name) and target.id == "METHOD" for target in node.targets)
+    }
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in named]
+    body = classes[0].body if classes else []
+    found = []
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            doc = (
+                after.value.value
+                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                else ""
+            )
+            found.append(Option(node.target.id, _written(node.value), " ".join(str(doc).split())))
+    return tuple(found)
+
+
+def _written(value: ast.expr | None) -> str:
+    """A default as a command would say it."""
+    if not isinstance(value, ast.Constant):
+        return "" if value is None else ast.unparse(value)
+    return str(value.value).lower() if isinstance(value.value, bool) else str(value.value)
+
+
 def verify_options(path: Path) -> tuple[dict[str, OptionValue], ...]:
     """Return the option sets to verify: the defaults, then those that a method's file declares as VERIFY_OPTIONS.
 

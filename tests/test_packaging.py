@@ -111,3 +111,16 @@ def test_the_installed_command_plans_a_sweep(site: Path, tmp_path: Path) -> None
     assert len(plan["cases"]) == 12
     assert all(case["unsupported"] is None for case in plan["cases"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_sweeps_and_reports(site: Path, tmp_path: Path) -> None:
+    """Outside the checkout an estimate is made by the wheel's methods and reported by its templates."""
+    shape = ("--model", "tiny", "--method", "ulysses", "--seqlen", "4K", "--world", "2", "--dtype", "float32")
+    cpbench(site, tmp_path, "sweep", *shape, "--mode", "estimate", "--device", "cpu", "--name", "small")
+    report = json.loads(cpbench(site, tmp_path, "report", "small", "--json"))
+
+    page = Path(report["page"])
+    text = (tmp_path / page).read_text(encoding="utf-8")
+    assert "ulysses" in text
+    (record,) = (tmp_path / "runs" / "small" / "cases").glob("*.json")
+    assert json.loads(record.read_text(encoding="utf-8"))["status"] == "ok"

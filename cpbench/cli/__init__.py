@@ -6,6 +6,8 @@ defect of cpbench, 2 wrong usage, 3 incomplete (a case ended in error or timeout
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -42,13 +44,22 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 regression or failed verification, 2 wrong usage, "
     "3 a case ended in error or timeout, 130/143 interrupted.",
 )
-app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
-app.command("report")(report.report)
-app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
-app.command("explain", epilog=explain.EXAMPLES)(explain.explain_)
-app.command("list")(listing.list_)
-app.command("doctor")(doctor.doctor)
+
+
+def _command(name: str, function: Callable[..., None], examples: str | None = None) -> None:
+    """Add a command; the paragraphs of its docstring flow, where typer would break them as the source does."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name, help=text, epilog=examples)(function)
+
+
+_command("sweep", sweep.sweep, sweep.EXAMPLES)
+_command("report", report.report)
+_command("plan", plan.plan, plan.EXAMPLES)
+_command("verify", verify.verify, verify.EXAMPLES)
+_command("explain", explain.explain_, explain.EXAMPLES)
+_command("list", listing.list_)
+_command("doctor", doctor.doctor)
 
 
 def _print_version(asked: bool) -> None:

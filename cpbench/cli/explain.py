@@ -38,17 +38,15 @@ _MOST_CASES = 2
 
 def explain_(
     run: Annotated[
-        str | None, typer.Argument(metavar="[RUN", help="A run: folder, or name in --runs.")
+        str | None, typer.Argument(metavar="RUN", help="A run: folder, or name in --runs.")
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CASE...]", help="One or two of its cases: the beginning of a case id is enough."
-        ),
+        typer.Argument(metavar="CASE", help="One or two of its cases: the beginning of a case id is enough."),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="M,...", help="Methods. Default: upipe.", rich_help_panel=_WHAT),
+        typer.Option(metavar="M,...", help="Methods, or `all`. Default: upipe.", rich_help_panel=_WHAT),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -130,7 +128,7 @@ def explain_(
 ) -> None:
     """Say what is alive at the memory peak of a case, and why; of two cases, side by side."""
     axes = {
-        "method": flags.split("--method", method),
+        "method": flags.methods(method, plugin or ()),
         "model": flags.split("--model", model),
         "seq_len": flags.lengths("--seqlen", seqlen),
         "world_size": flags.counts("--world", world),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from cpbench import registry
 from cpbench.case import OptionValue, Stack
 from cpbench.errors import UnknownName, UsageError
 from cpbench.units import parse_length
@@ -25,6 +27,16 @@ def split(flag: str, values: Sequence[str] | None) -> list[str]:
             )
         found += items
     return found
+
+
+def methods(values: Sequence[str] | None, plugins: Sequence[Path]) -> list[str]:
+    """Return the methods of --method; `all` stands for every built-in one and those of plug-ins.
+
+    Raises:
+        UsageError: it is empty, or a plug-in is no method's file.
+    """
+    names = split("--method", values)
+    return list(registry.method_files(plugins)) if "all" in names else names
 
 
 def lengths(flag: str, values: Sequence[str] | None) -> list[int]:

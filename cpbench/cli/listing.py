@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from enum import StrEnum
 from pathlib import Path
@@ -37,7 +38,7 @@ def list_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
-    """List methods, models, scenarios or machine profiles."""
+    """List methods with their options, models, scenarios or machine profiles."""
     kind = Kind(str(flags.choice("list", kind, [str(one) for one in Kind])))
     if kind is Kind.METHODS:
         rows = _methods(tuple(plugin or ()))
@@ -55,13 +56,23 @@ def list_(
     table.add_column(no_wrap=True, style="bold")
     table.add_column()
     for row in rows:
-        table.add_row(Text(row["name"]), Text(row["description"]))
+        text = Text(row["description"])
+        for option in row.get("options", ()):
+            text.append(f"\n{option['name']}={option['default']}", style="bold").append(f"  {option['doc']}")
+        table.add_row(Text(row["name"]), text)
     console.print(table)
 
 
 def _methods(plugins: tuple[Path, ...]) -> list[dict[str, Any]]:
     files = registry.method_files(plugins)
-    return [{"name": name, "description": registry.describe(path)} for name, path in files.items()]
+    return [
+        {
+            "name": name,
+            "description": registry.describe(path),
+            "options": [dataclasses.asdict(option) for option in registry.options_of(path)],
+        }
+        for name, path in files.items()
+    ]
 
 
 def _models() -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def plan(
     name, architecture = load_model(model)
     profile = load_hardware(hardware)
     question = Question(
-        methods=_methods(flags.split("--method", method), plugins),
+        methods=_methods(flags.methods(method, plugins), plugins),
         model=name,
         architecture=architecture,
         worlds=tuple(dict.fromkeys(flags.counts("--world", world))) or (8,),

@@ -73,7 +73,7 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="M,...",
-            help="Methods, see `cpbench list methods`. Default: upipe.",
+            help="Methods, see `cpbench list methods`, or `all`. Default: upipe.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -294,7 +294,7 @@ def sweep(
 ) -> None:
     """Run every case of a scenario, or of the flags, and keep a record of each."""
     axes = {
-        "method": flags.split("--method", method),
+        "method": flags.methods(method, plugin or ()),
         "model": flags.split("--model", model),
         "seq_len": flags.lengths("--seqlen", seqlen),
         "world_size": flags.counts("--world", world),

@@ -14,11 +14,17 @@ from cpbench.cli import flags
 if TYPE_CHECKING:
     from cpbench.selection import Selection
 
-EXAMPLES = (
-    "Examples: [bold]cpbench verify[/] checks every method at 4 ranks. "
-    "[bold]cpbench verify --method upipe --world 8 --heads 16 --kv-heads 2[/] one method, one shape. "
-    "[bold]cpbench verify --method mine --plugin mine.py --full[/] your own method, everything."
-)
+EXAMPLES = """
+[bold]Examples[/bold]
+
+cpbench verify
+
+cpbench verify --method upipe --world 8 --heads 16 --kv-heads 2
+
+cpbench verify --method mine --plugin mine.py --full
+
+The first checks every method at 4 ranks, the second one method at one shape, the third your own method at everything.
+"""
 _PIPE_WIDTH = 120
 _PANEL_SHAPE = "One shape instead of the standard ones"
 _PANEL_MATRIX = "Which shapes"
@@ -27,14 +33,15 @@ _PANEL_MATRIX = "Which shapes"
 def verify(
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="Method name; repeat or use commas; `all` is the default."),
+        typer.Option("--method", "-m", metavar="M,...", help="Methods, or `all`, the default."),
     ] = None,
-    world: Annotated[int, typer.Option("--world", help="Ranks, real processes.")] = 4,
+    world: Annotated[int, typer.Option("--world", metavar="N", help="Ranks, real processes.")] = 4,
     dtype: Annotated[
         str,
         typer.Option(
             "--dtype",
-            help=f"One or more of {', '.join(get_args(Dtype))}. float32 must agree to 1e-5; "
+            metavar="float32|bfloat16",
+            help="Compute dtypes; a list with commas is allowed. float32 must agree to 1e-5; "
             "bfloat16 may have 1.5 times the error of `ulysses` (of `single` where that cannot run).",
         ),
     ] = "float32",
@@ -57,43 +64,61 @@ def verify(
     drawn: Annotated[
         int | None,
         typer.Option(
-            "--random", help="So many more shapes, drawn from --seed.", rich_help_panel=_PANEL_MATRIX
+            "--random",
+            metavar="N",
+            help="So many more shapes, drawn from --seed.",
+            rich_help_panel=_PANEL_MATRIX,
         ),
     ] = None,
     heads: Annotated[
         int | None,
-        typer.Option("--heads", help="Query heads; default 8.", rich_help_panel=_PANEL_SHAPE),
+        typer.Option("--heads", metavar="N", help="Query heads; default 8.", rich_help_panel=_PANEL_SHAPE),
     ] = None,
     kv_heads: Annotated[
         int | None,
         typer.Option(
-            "--kv-heads", help="KV heads; must divide --heads; default 4.", rich_help_panel=_PANEL_SHAPE
+            "--kv-heads",
+            metavar="N",
+            help="KV heads; must divide --heads; default 4.",
+            rich_help_panel=_PANEL_SHAPE,
         ),
     ] = None,
     head_dim: Annotated[
         int | None,
-        typer.Option("--head-dim", help="Width of a head, even; default 32.", rich_help_panel=_PANEL_SHAPE),
+        typer.Option(
+            "--head-dim", metavar="N", help="Width of a head, even; default 32.", rich_help_panel=_PANEL_SHAPE
+        ),
     ] = None,
     hidden: Annotated[
         int | None,
         typer.Option(
-            "--hidden", help="Width of the residual stream; default 104.", rich_help_panel=_PANEL_SHAPE
+            "--hidden",
+            metavar="N",
+            help="Width of the residual stream; default 104.",
+            rich_help_panel=_PANEL_SHAPE,
         ),
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option("--layers", help="Blocks of the whole model; default 2.", rich_help_panel=_PANEL_SHAPE),
+        typer.Option(
+            "--layers",
+            metavar="N",
+            help="Blocks of the whole model; default 2.",
+            rich_help_panel=_PANEL_SHAPE,
+        ),
     ] = None,
     seqlen: Annotated[
         str | None,
         typer.Option(
             "--seqlen",
+            metavar="S",
             help="Sequence length, like 1K; default 18 tokens a rank.",
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option("--batch", help="Sequences; default 1.", rich_help_panel=_PANEL_SHAPE)
+        int | None,
+        typer.Option("--batch", metavar="N", help="Sequences; default 1.", rich_help_panel=_PANEL_SHAPE),
     ] = None,
     qk_norm: Annotated[
         bool,
@@ -107,20 +132,25 @@ def verify(
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = False,
-    device: Annotated[str, typer.Option("--device", help=f"One of {', '.join(get_args(Device))}.")] = "cpu",
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where the ranks run.")] = "cpu",
     option: Annotated[
         list[str] | None,
         typer.Option(
             "--option",
             "-o",
-            help="method.field=value; several values check each. Default: the sets that the method declares.",
+            metavar="METHOD.FIELD=VALUE",
+            help="Option of a method; several values with commas check each. Default: the sets that it declares.",
         ),
     ] = None,
     plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="Python file of a further method.")
+        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="Python file of a further method.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of inputs, weights and random shapes.")] = 0,
-    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one launch.")] = 3600.0,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Seed of inputs, weights and random shapes.")
+    ] = 0,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", help="Seconds for one launch.")
+    ] = 3600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
 ) -> None:
     """Compare methods with references in real processes.
@@ -133,7 +163,6 @@ def verify(
     """
     from rich.console import Console
 
-    from cpbench import registry
     from cpbench.cli.verify_display import make_display
     from cpbench.cli.verify_table import print_report
     from cpbench.errors import UsageError
@@ -143,7 +172,7 @@ def verify(
     from cpbench.verify import verify as run
 
     plugins = tuple(plugin or ())
-    names = flags.split("--method", method) or ["all"]
+    names = flags.methods(method, plugins) or flags.methods(["all"], plugins)
     shape = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "hidden_dim": hidden}
     shape |= {"num_layers": layers, "batch_size": batch}
     flag_names = ("--heads", "--kv-heads", "--head-dim", "--hidden", "--layers", "--batch")
@@ -164,7 +193,7 @@ def verify(
         for item in flags.split("--dtype", [dtype])
     ]
     request = VerifyRequest(
-        methods=tuple(dict.fromkeys(registry.method_files(plugins) if "all" in names else names)),
+        methods=tuple(dict.fromkeys(names)),
         options={
             name: [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
             for name, fields in flags.option_sets(option).items()

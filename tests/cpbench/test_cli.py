@@ -16,6 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 import cpbench.cli.sweep as sweep_command
+from cpbench import registry
 from cpbench.case import STACKS, Case
 from cpbench.cli import app
 from cpbench.expand import ResolvedCase
@@ -404,6 +405,40 @@ def test_a_sweep_from_flags_to_records(empty_folder: Path) -> None:
     code, _, err = invoke("sweep", "--method", "single", "--world", "1", *SMALL, "--name", "mine", "--resume")
     assert code == 2
     assert "does not have 1 of the requested cases" in err
+
+
+def test_methods_are_listed_with_their_options() -> None:
+    """Names, defaults and meanings of the options are those of the method when it is loaded."""
+    rows = {row["name"]: row for row in json.loads(invoke("list", "methods", "--json")[1])}
+    for name, row in rows.items():
+        options = {option["name"]: option["default"] for option in row["options"]}
+        loaded = registry.resolved_options(registry.load(name, {}))
+        assert options == {
+            key: str(value).lower() if isinstance(value, bool) else str(value)
+            for key, value in loaded.items()
+        }
+        assert all(option["doc"] for option in row["options"]), name
+    assert "stage_heads=0  Query heads of a stage" in " ".join(invoke("list", "methods")[1].split(" "))
+
+
+def test_all_stands_for_every_method(resolved: list[Case]) -> None:
+    """`--method all` of a sweep has every method that there is, as in verify."""
+    invoke("sweep", "--method", "all", "--world", "2", *SMALL, "--dry-run")
+    rows = json.loads(invoke("list", "methods", "--json")[1])
+    assert {case.method for case in resolved} == {row["name"] for row in rows}
+
+
+def test_help_flows_and_names_no_types() -> None:
+    """`verify --help` breaks no line before the window ends, and its values have names as those of other commands."""
+    out = CliRunner().invoke(app, ["verify", "--help"], env={"COLUMNS": "100", "TERM": "dumb"}).stdout
+    assert "also recomputed and with its output kept in host memory" in " ".join(out.split())
+    lines = [line.strip() for line in out.splitlines()]
+    start = next(k for k, line in enumerate(lines) if line.startswith("Output and every gradient"))
+    assert all(len(line) > 75 for line in lines[start : start + 4])
+    assert "cpbench verify --method mine --plugin mine.py --full" in lines
+    for kind in ("<str>", "<int>", "<float>", "<list"):
+        assert kind not in out
+    assert "[RUN] [CASE]..." in invoke("explain", "--help")[1]
 
 
 @pytest.mark.parametrize(

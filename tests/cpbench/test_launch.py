@@ -73,10 +73,16 @@ def failure(rank: int, status: Status, reason: str, time: float) -> RankFailure:
     return RankFailure(rank=rank, status=status, reason=reason, time=time)
 
 
-def test_success_gives_every_ranks_report(tmp_path: Path, token: str) -> None:
-    """Two ranks run under torchrun, the report comes back, nothing stays alive."""
+def test_success_gives_every_ranks_report(
+    tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks run under torchrun, the report comes back, nothing stays alive or in the folder of temporary files."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     job = fake_job(tmp_path, "ok")
     outcome = run(job)
+    assert list(temporary.iterdir()) == []
     assert outcome.status == "ok", outcome.reason
     assert outcome.report is not None
     assert [rank.rank for rank in outcome.report.ranks] == [0, 1]

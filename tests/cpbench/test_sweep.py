@@ -177,18 +177,36 @@ def relax(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killing_the_supervisor_leaves_no_process(tmp_path: Path, token: str) -> None:
-    """When the supervisor itself is killed, its case fails, all ranks end and the sweep goes on."""
+@pytest.mark.parametrize("victim", ["supervisor", "worker"])
+def test_killing_a_part_of_a_case_leaves_no_process(tmp_path: Path, token: str, victim: str) -> None:
+    """When a rank or the supervisor is killed, its case fails and the sweep goes on; --resume repeats it alone."""
     folder = tmp_path / "run"
     process = start_sweep(folder, "hang,ok", token)
     wait_until(lambda: hanging(folder), seconds=120, what="the first case")
     supervisor = psutil.Process(process.pid).children()[0]
-    supervisor.kill()
+    if victim == "supervisor":
+        supervisor.kill()
+    else:
+        ranks = [p for p in supervisor.children(recursive=True) if p.environ().get("RANK") == "1"]
+        ranks[0].kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 3, output
     wait_until(lambda: alive(token) == [], seconds=60, what="the end of all processes")
-    statuses = sorted(read_record(file).status for file in folder.glob("cases/*.json"))
-    assert statuses == ["error", "ok"]
+    found = {record.status: record for record in by_act(RunFolder(folder)).values()}
+    assert set(found) == {"error", "ok"}
+    if victim == "worker":
+        assert "rank 1 was killed by signal 9 (SIGKILL)" in str(found["error"].reason)
+    finished = folder / "cases" / f"{found['ok'].case_id}.json"
+    before = finished.stat().st_mtime_ns
+    relax(folder)
+
+    resumed = start_sweep(folder, "hang,ok", token, "--resume")
+    output, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, output
+    assert (output.count("started"), output.count("(kept)")) == (1, 1)
+    assert before == finished.stat().st_mtime_ns
+    assert {record.status for record in by_act(RunFolder(folder)).values()} == {"ok"}
+    assert alive(token) == []
 
 
 @pytest.mark.slow
