@@ -237,7 +237,7 @@ VERIFY_OPTIONS = (
     {"published": True},
     {"published": True, "ring_degree": 2},
 )
-PLAN_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4}, {"overlap": True})
+PLAN_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4}, {"overlap": True}, {"keep_output": "device"})
 
 
 @dataclass(frozen=True, slots=True)
