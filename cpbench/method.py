@@ -14,7 +14,7 @@ d hidden_dim.  Tensors that hold heads are `[b, s, h, e]`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
@@ -109,20 +109,32 @@ class Method(Protocol):
         """Return the closed-form costs of one block; the derivation is in the docstring."""
 
 
-def representative_ranks(layout: Layout) -> tuple[int, ...]:
-    """Return the ranks whose maximum is that of all ranks, in memory and in time.
+def representative_ranks(layout_of: Callable[[int], Layout]) -> tuple[int, ...]:
+    """Return the ranks that stand for all: their most memory is the most of any, their longest time within 1 % of it.
 
     Ranks of a Ulysses group do the same.  Of a ring, every place but the first and the last meets both kinds of hop
-    (keys from an earlier and from a later rank), so it holds as much as any; with contiguous tokens the last place has
-    most to compute.  In a ring of two the places differ, and both are meant.
+    (keys of earlier and of later tokens), so it holds as much as any; the one before the last stands for them.  With
+    tokens that are not balanced the place with most attention to compute runs too.  In a ring of two the places differ,
+    and both are meant.
 
     Args:
-        layout: of any rank; rank w is at place w // C of its ring, C the Ulysses degree.
+        layout_of: the layout of a rank; rank w is at place w // C of its ring, C the Ulysses degree.
     """
-    last = layout.ring_degree - 1
-    return tuple(
-        place * layout.ulysses_degree for place in sorted({min(1, last), last, 0 if last < 2 else last})
-    )
+    degree, places = layout_of(0).ulysses_degree, layout_of(0).ring_degree
+    if places < 3:
+        return tuple(place * degree for place in range(places))
+    work = [
+        sum(_pairs(layout_of(rank)) for rank in range(place * degree, (place + 1) * degree))
+        for place in range(places)
+    ]
+    busiest = work.index(max(work))
+    chosen = {places - 2} if work[-2] >= 0.99 * work[busiest] else {places - 2, busiest}
+    return tuple(place * degree for place in sorted(chosen))
+
+
+def _pairs(layout: Layout) -> int:
+    """Pairs of a query of this rank and a key before it."""
+    return sum(stop * (stop + 1) - start * (start + 1) for start, stop in layout.segments) // 2
 
 
 def contiguous_segments(seq_len: int, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def ranks_to_run(case: Case, method: Method) -> tuple[int, ...]:
     """Return the rank that was asked for, or those that stand for all."""
     if case.rank is not None:
         return (case.rank,)
-    return representative_ranks(method.layout(case, 0))
+    return representative_ranks(partial(method.layout, case))
 
 
 def estimate_ranks(case: Case, method: Method) -> WorkerReport:

@@ -12,14 +12,14 @@ from torch import Tensor
 from cpbench import registry
 from cpbench.case import STACKS, Case, OptionValue
 from cpbench.errors import Uncountable
-from cpbench.method import AttentionWeights, Layout, representative_ranks
+from cpbench.method import AttentionWeights
 from cpbench.model_config import ModelConfig
 from cpbench.rank_report import RankReport
 from cpbench.resolve import resolve
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.kernels import declare_scratch
 from cpbench.worker import classify
-from cpbench.world.estimate import estimate_case, estimate_ranks
+from cpbench.world.estimate import estimate_case, estimate_ranks, ranks_to_run
 from methods.ulysses import Ulysses
 
 WORLD = 8
@@ -47,14 +47,24 @@ def case(method: str, options: dict[str, OptionValue] | None = None) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("ulysses", "ring", "wanted"),
-    [(8, 1, (0,)), (4, 2, (0, 4)), (2, 4, (2, 6)), (1, 8, (1, 7)), (1, 3, (1, 2))],
+    ("method", "options", "wanted"),
+    [
+        ("upipe", {}, (0,)),
+        ("usp", {"ring_degree": 2}, (0, 4)),
+        ("usp", {"ring_degree": 4}, (4,)),
+        ("ring", {}, (6,)),
+        ("ring", {"layout_order": "contiguous"}, (6, 7)),
+        ("torch-ring", {}, (6,)),
+    ],
 )
-def test_places_of_a_ring_stand_for_all(ulysses: int, ring: int, wanted: tuple[int, ...]) -> None:
-    """One rank of a Ulysses group is enough; of a ring its second and last place, or both of two."""
-    layout = Layout(ulysses_degree=ulysses, ring_degree=ring, segments=((0, 8),))
+def test_places_of_a_ring_stand_for_all(
+    method: str, options: dict[str, OptionValue], wanted: tuple[int, ...]
+) -> None:
+    """One rank of a Ulysses group; of a ring the last place but one, and a busier one if there is; of two both."""
+    c = case(method, options)
+    loaded = registry.load(c.method, c.options)
 
-    assert representative_ranks(layout) == wanted
+    assert ranks_to_run(c, loaded) == wanted
 
 
 def most(ranks: tuple[RankReport, ...]) -> tuple[int, int, float]:
@@ -79,14 +89,17 @@ def most(ranks: tuple[RankReport, ...]) -> tuple[int, int, float]:
     ],
 )
 def test_the_ranks_that_run_need_as_much_as_any(method: str, options: dict[str, OptionValue]) -> None:
-    """Peak, host memory and step time are the largest of all eight ranks, though rank 0 may need less."""
+    """Peak and host memory are the largest of all eight ranks, though rank 0 may need less; step time within 1 %."""
     c = case(method, options)
     loaded = registry.load(c.method, c.options)
     every = tuple(estimate_case(c, loaded, rank=rank).ranks[0] for rank in range(WORLD))
 
-    assert most(estimate_ranks(c, loaded).ranks) == most(every)
+    *memory, seconds = most(estimate_ranks(c, loaded).ranks)
+    *most_memory, most_seconds = most(every)
+    assert memory == most_memory
+    assert 0.99 * most_seconds <= seconds <= most_seconds
     if method == "ring":
-        assert most(every[:1]) != most(every)
+        assert most(every[:1])[0] < most_memory[0]
 
 
 def test_the_rank_that_was_asked_for_runs_alone() -> None:
