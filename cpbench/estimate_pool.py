@@ -9,7 +9,6 @@ server.
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -17,8 +16,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
+from typing import IO
 
 import psutil
 
@@ -66,7 +65,8 @@ class EstimatePool:
     """What the server runs, in Python's words: `-m module` or a script; it gets the number of its socket."""
     _process: subprocess.Popen[bytes] | None = None
     _channel: socket.socket | None = None
-    _log: Path | None = None
+    _log: IO[bytes] | None = None
+    """Without a name, so that nothing is left of it however this process ends."""
     _unread: bytes = b""
     _count: int = 0
     _running: dict[int, _Running] = field(default_factory=dict)
@@ -96,9 +96,9 @@ class EstimatePool:
         if self._process is not None:
             return
         ours, theirs = socket.socketpair()
-        handle, name = tempfile.mkstemp(prefix="cpbench-estimates-", suffix=".log")
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the server
         command = [sys.executable, "-m", "cpbench.supervise", sys.executable, *self.server]
-        with theirs, os.fdopen(handle, "wb") as log:
+        with theirs:
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
                 stdin=subprocess.PIPE,  # the supervisor's lifeline
@@ -108,7 +108,7 @@ class EstimatePool:
                 env=child_environment("cpu", None, single_node=True) | dict.fromkeys(_ONE_THREAD, "1"),
                 start_new_session=True,
             )
-        self._channel, self._log, self._unread = ours, Path(name), b""
+        self._channel, self._log, self._unread = ours, log, b""
 
     def start(self, job: Job) -> None:
         """Start a job; ask `free` first.
@@ -188,8 +188,9 @@ class EstimatePool:
         if self._channel is not None:
             self._channel.close()
         if self._log is not None:
-            words = self._log.read_text(encoding="utf-8", errors="replace")[-4000:]
-            self._log.unlink(missing_ok=True)
+            self._log.seek(0)
+            words = self._log.read().decode(errors="replace")[-4000:]
+            self._log.close()
         self._process, self._channel, self._log = None, None, None
         return code, words
 
