@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from cpbench.case import Case
-from cpbench.hardware import fit, load_hardware
+from cpbench.hardware import Fit, fit, load_hardware
 from cpbench.machine import peak_flops
-from cpbench.rank_report import Facts, Memory, RankReport, Status, StepSample, WorkerReport
+from cpbench.rank_report import Facts, RankReport, Status, StepSample, WorkerReport
 
 
 class Spread(Facts):
@@ -54,7 +54,8 @@ def aggregates(case: Case, report: WorkerReport) -> dict[str, Any]:
         steps[0] = [] if added is None else [compute + added for compute in steps[0]]
     step_seconds = statistics.median(steps[0]) if steps[0] else None
     speed = _speed(case, step_seconds, report.gpu)
-    status, reason, warnings = _judge(case, ranks, speed)
+    needs = _fit(case, ranks)
+    status, reason, warnings = _judge(case, ranks, speed, needs)
     return dict(
         **report.software.model_dump(),
         **{name: max(values) if values else None for name, values in memory.items()},
@@ -65,17 +66,19 @@ def aggregates(case: Case, report: WorkerReport) -> dict[str, Any]:
         warnings=tuple(warnings),
         notes=report.notes,
         estimated_peak_bytes=report.estimated_peak_bytes,
+        device_needed_bytes=None if needs is None else needs.device_needed_bytes,
+        host_needed_bytes=None if needs is None else needs.host_needed_bytes,
         gpu=report.gpu,
         attention_backend=ranks[0].attention_backend,
         peak_by_category_bytes=worst.memory.peak_by_category_bytes,
         peak_by_phase_bytes=_largest(rank.memory.peak_by_phase_bytes for rank in ranks),
-        spread={name: _spread(values) for name, values in memory.items() if values},
+        spread={name: _spread(ranks, values) for name, values in memory.items() if values},
         step_seconds=step_seconds,
         step_seconds_samples=tuple(steps[0]),
         forward_seconds=statistics.median(steps[1]) if steps[1] else None,
         backward_seconds=statistics.median(steps[2]) if steps[2] else None,
         optimizer_seconds=statistics.median(steps[3]) if steps[3] else None,
-        modelled=ranks[0].modelled,
+        modelled=max(ranks, key=_seconds).modelled,
         loss=ranks[0].losses[-1] if ranks[0].losses else None,
         losses=ranks[0].losses,
         grad_norm=ranks[0].grad_norms[-1] if ranks[0].grad_norms else None,
@@ -91,9 +94,13 @@ def _values(ranks: Sequence[RankReport], name: str) -> list[int]:
     return [] if None in values else values
 
 
-def _spread(values: list[int]) -> Spread:
+def _spread(ranks: Sequence[RankReport], values: list[int]) -> Spread:
     top = max(values)
-    return Spread(max=top, min=min(values), mean=statistics.fmean(values), rank=values.index(top))
+    return Spread(max=top, min=min(values), mean=statistics.fmean(values), rank=ranks[values.index(top)].rank)
+
+
+def _seconds(rank: RankReport) -> float:
+    return sum(sample.step_seconds for sample in rank.samples)
 
 
 def _largest(tables: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -150,19 +157,21 @@ def _speed(case: Case, step_seconds: float | None, gpu: str | None) -> dict[str,
     )
 
 
-def _judge_fit(case: Case, memory: Memory) -> tuple[Status, str | None, list[str]]:
-    """Whether an estimate fits the hardware it is for; its numbers are kept either way."""
-    found = fit(
+def _fit(case: Case, ranks: Sequence[RankReport]) -> Fit | None:
+    """Whether an estimate fits the hardware it is for, by the rank that needs most; None of anything else."""
+    peaks = [rank.memory.peak_allocated_bytes for rank in ranks]
+    if case.mode != "estimate" or case.hardware is None or None in peaks:
+        return None
+    return fit(
         case,
-        load_hardware(case.hardware or ""),
-        peak_bytes=memory.peak_allocated_bytes or 0,
-        host_bytes=memory.host_pinned_peak_bytes or 0,
+        load_hardware(case.hardware),
+        peak_bytes=max(peak or 0 for peak in peaks),
+        host_bytes=max(rank.memory.host_pinned_peak_bytes or 0 for rank in ranks),
     )
-    return found.status, found.reason, []
 
 
 def _judge(
-    case: Case, ranks: Sequence[RankReport], speed: dict[str, float | None]
+    case: Case, ranks: Sequence[RankReport], speed: dict[str, float | None], needs: Fit | None
 ) -> tuple[Status, str | None, list[str]]:
     """Refuse what cannot be true; doubt what is unlikely."""
     for rank in ranks:
@@ -177,15 +186,11 @@ def _judge(
         return "invalid", "ranks ran different attention kernels", []
     if case.mode == "measure" and len(ranks) != case.world_size:
         return "invalid", f"{len(ranks)} of {case.world_size} ranks reported", []
-    if (
-        case.mode == "estimate"
-        and case.hardware is not None
-        and ranks[0].memory.peak_allocated_bytes is not None
-    ):
-        return _judge_fit(case, ranks[0].memory)
     mfu = speed["mfu"]
     if mfu is not None and mfu > 1:
         return "invalid", f"MFU {mfu:.0%} is above the hardware's peak: the step did not do all its work", []
+    if needs is not None:  # its numbers are kept either way
+        return needs.status, needs.reason, []
     asked, used = case.attention_backend, ranks[0].attention_backend
     if asked not in ("auto", used):
         return "invalid", f"attention backend {asked} was asked for but {used} ran", []

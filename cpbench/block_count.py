@@ -75,7 +75,7 @@ def count_block(case: Case, method: Method, *, rank: int = 0, save_attention: bo
             memo=memo,
         )
         x, weights = _inputs(case)
-        recorder.mark("weight", *weights)
+        recorder.mark("weight", *weights.tensors())
         with recorder.scope("step:0"), recorder.scope("forward"), CountCollectives(count.forward):
             _forward(method, x, weights, ctx)
         memo.recomputing = True
@@ -104,33 +104,36 @@ def _total(timeline: Timeline, scope: str) -> int:
     return peak
 
 
-def _inputs(case: Case) -> tuple[Tensor, list[Tensor]]:
+def _inputs(case: Case) -> tuple[Tensor, AttentionWeights]:
     a, dtype = case.architecture, DTYPES[case.dtype]
     x = torch.empty(case.batch_size, case.tokens_per_rank, a.hidden_dim, dtype=dtype)
-    shapes: list[tuple[int, ...]] = [
-        (a.attention_dim, a.hidden_dim),
-        (a.kv_dim, a.hidden_dim),
-        (a.kv_dim, a.hidden_dim),
-        (a.hidden_dim, a.attention_dim),
-    ]
-    shapes += [(a.head_dim,), (a.head_dim,)] if a.qk_norm else []
-    return x, [torch.empty(shape, dtype=dtype) for shape in shapes]
+    shapes: dict[str, tuple[int, ...]] = {
+        "wq": (a.attention_dim, a.hidden_dim),
+        "wk": (a.kv_dim, a.hidden_dim),
+        "wv": (a.kv_dim, a.hidden_dim),
+        "wo": (a.hidden_dim, a.attention_dim),
+    }
+    if a.qk_norm:
+        shapes |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
+    if a.attention_bias:
+        shapes |= {"bq": (a.attention_dim,), "bk": (a.kv_dim,), "bv": (a.kv_dim,)}
+    return x, AttentionWeights(**{name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()})
 
 
-def _forward(method: Method, x: Tensor, weights: list[Tensor], ctx: AttentionContext) -> None:
+def _forward(method: Method, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> None:
     with torch.no_grad(), ctx.recorder.scope("attention:0"):
-        y = method.attention(x, AttentionWeights(*weights), ctx)
+        y = method.attention(x, weights, ctx)
         ctx.recorder.mark("attention_output", y)
 
 
 def _backward(
-    method: Method, x: Tensor, weights: list[Tensor], ctx: AttentionContext, count: BlockCount
+    method: Method, x: Tensor, weights: AttentionWeights, ctx: AttentionContext, count: BlockCount
 ) -> None:
     recorder = ctx.recorder
-    leaves = [t.requires_grad_() for t in (x, *weights)]
+    leaves = [t.requires_grad_() for t in (x, *weights.tensors()) if t is not None]
     with recorder.scope("attention:0"):
         with CountCollectives(count.recomputation):
-            y = method.attention(leaves[0], AttentionWeights(*leaves[1:]), ctx)
+            y = method.attention(x, weights, ctx)
             recorder.mark("attention_output", y)
         dy = torch.empty_like(y)
         recorder.mark("residual", dy)

@@ -6,7 +6,6 @@ ends, and two more show it: one that fits and its neighbour that does not.  Noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,35 +44,54 @@ class Bracket:
         return Room((first.device - last.device) / (b - a), (first.host - last.host) / (b - a))
 
 
-def longest_that_fits(
-    room: Callable[[int], Room], *, unit: int, limit: int, start: int, slope: Room | None = None
-) -> Bracket:
-    """Return the longest multiple of `unit` up to `limit` that fits, with its neighbour that does not.
+class LengthSearch:
+    """Looks for the longest multiple of a unit that fits: sample `next_length`, `add` what room it leaves."""
 
-    Args:
-        room: samples a length; room shrinks as lengths grow.
-        unit: step of lengths.
-        limit: nothing longer is sampled.
-        start: the first sample, rounded to the unit.
-        slope: bytes a token takes away, of something similar; saves a sample.
+    def __init__(self, *, unit: int, limit: int, start: int, slope: Room | None = None) -> None:
+        """Begin; nothing is sampled yet.
 
-    Raises:
-        ValueError: the limit is below one unit.
-    """
-    if limit < unit:
-        raise ValueError(f"limit {limit} is below the unit {unit}")
-    samples: dict[int, Room] = {}
-    lower, upper = 0, limit // unit * unit + unit
-    guess: float = start
-    while upper - lower > unit:
-        length = min(max(int(min(max(guess, 0), upper) // unit) * unit, lower + unit), upper - unit)
-        samples[length] = room(length)
-        if samples[length].fits:
-            lower = length
+        Args:
+            unit: step of lengths.
+            limit: nothing longer is sampled.
+            start: the first sample, rounded to the unit.
+            slope: bytes a token takes away, of something similar; saves a sample.
+
+        Raises:
+            ValueError: the limit is below one unit.
+        """
+        if limit < unit:
+            raise ValueError(f"limit {limit} is below the unit {unit}")
+        self._unit = unit
+        self._slope = slope
+        self._samples: dict[int, Room] = {}
+        self._lower, self._upper = 0, limit // unit * unit + unit
+        self._guess: float = start
+
+    @property
+    def next_length(self) -> int | None:
+        """What to sample next; None once the answer is known."""
+        unit, lower, upper = self._unit, self._lower, self._upper
+        if upper - lower <= unit:
+            return None
+        return min(max(int(min(max(self._guess, 0), upper) // unit) * unit, lower + unit), upper - unit)
+
+    def add(self, length: int, room: Room) -> None:
+        """Note the room that `next_length` leaves; room shrinks as lengths grow."""
+        self._samples[length] = room
+        if room.fits:
+            self._lower = length
         else:
-            upper = length
-        guess = (lower + upper) / 2 if len(samples) > _SECANTS else _end_of_room(samples, lower, upper, slope)
-    return Bracket(lower, upper if upper in samples else None, samples)
+            self._upper = length
+        if len(self._samples) > _SECANTS:
+            self._guess = (self._lower + self._upper) / 2
+        else:
+            self._guess = _end_of_room(self._samples, self._lower, self._upper, self._slope)
+
+    @property
+    def found(self) -> Bracket:
+        """The answer, once there is nothing left to sample."""
+        upper = self._upper if self._upper in self._samples else None
+        return Bracket(self._lower, upper, self._samples)
 
 
 def _end_of_room(samples: dict[int, Room], lower: int, upper: int, slope: Room | None) -> float:

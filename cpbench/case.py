@@ -69,7 +69,7 @@ def stack_by_name(name: str) -> Stack:
     return STACKS[name]
 
 
-_LATER = ("model_layers", "rank")
+_LATER = ("model_layers", "rank", "host_memory_bytes")
 
 
 class Case(BaseModel):
@@ -114,6 +114,8 @@ class Case(BaseModel):
     hardware: str | None = None
     """Machine profile of an estimate for GPUs, or of an emulation's communication; None when measured, or for CPU
     processes."""
+    host_memory_bytes: PositiveInt | None = None
+    """Host memory of a node for which an estimate judges whether it fits; None: what the machine profile says."""
     steps: PositiveInt = 3
     """Timed steps."""
     warmup: NonNegativeInt = 2

@@ -43,7 +43,7 @@ class Point(BaseModel):
     device_needed_bytes: int
     """With margin, context and communicators."""
     host_needed_bytes: int
-    """Pinned host memory of a node."""
+    """Of a node, with margin and the ranks' processes."""
     step_seconds: float | None = None
     tokens_per_second_per_gpu: float | None = None
     mfu: float | None = None
@@ -123,6 +123,7 @@ class ContextPlan(BaseModel):
     step_tokens: dict[int, int]
     """By number of ranks: the step to which lengths were searched."""
     device_memory_bytes: int
+    """What programs can have of a device."""
     methods: tuple[MethodPlan, ...]
     """In the order asked for, by number of ranks."""
     recommended: Recommendation | None = None

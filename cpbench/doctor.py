@@ -59,7 +59,7 @@ def examine(runs: Path) -> Diagnosis:
         *_hardware(machine),
         _memory_folder(),
         _disk(runs),
-        *_software(machine, probe),
+        *_software(probe),
     )
     return Diagnosis(machine=machine, can_run=_abilities(machine, probe), parts=parts)
 
@@ -200,7 +200,7 @@ def _disk(runs: Path) -> Finding:
     )
 
 
-def _software(machine: Machine, probe: dict[str, Any]) -> tuple[Finding, ...]:
+def _software(probe: dict[str, Any]) -> tuple[Finding, ...]:
     torch = package_version("torch") or "not installed"
     build = probe.get("problem") or (
         f"CUDA {probe['cuda_built']}" if probe.get("cuda_built") else "CPU build"
@@ -216,10 +216,7 @@ def _software(machine: Machine, probe: dict[str, Any]) -> tuple[Finding, ...]:
             )
         )
     flash = package_version("flash-attn")
-    advice = "" if flash or not machine.gpus else "optional: pip install 'cpbench[flash]'"
-    findings.append(
-        Finding(
-            name="flash-attn", state="yes" if flash else "no", value=flash or "not installed", advice=advice
-        )
-    )
+    if flash:  # whoever has it may expect it to run
+        unused = "installed, but not used: attention is torch's own kernels"
+        findings.append(Finding(name="flash-attn", state="no", value=f"{flash} {unused}"))
     return tuple(findings)

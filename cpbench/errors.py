@@ -8,6 +8,7 @@ CpbenchError                  no traceback, exit code 2
 +-- RecordError               a record file cannot be read
 |   +-- RecordTooNew          it was written by a newer cpbench
 +-- Unsupported               a method cannot run a case; becomes status `unsupported` in a sweep
++-- Uncountable               a step did what the count cannot see; becomes status `invalid` in a sweep
 +-- MethodUnavailable         a method's file cannot be loaded (missing package, broken plug-in)
 
 Every other exception is a defect of cpbench: it keeps its traceback and exits with 1.  Only `cli.py` prints
@@ -62,6 +63,10 @@ class RecordTooNew(RecordError):
 
 class Unsupported(CpbenchError):
     """A method cannot run a case; in a sweep this is a result, not a failure."""
+
+
+class Uncountable(CpbenchError):
+    """An operator or collective whose memory or bytes the count does not know; the message names it."""
 
 
 class MethodUnavailable(CpbenchError):

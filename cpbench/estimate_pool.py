@@ -1,8 +1,9 @@
-"""Runs estimates several at a time, as forks of one warm process: the orchestrator's side of `cpbench.estimate_server`.
+"""Runs estimates several at a time, in forks of one warm process: the orchestrator's side of `cpbench.estimate_server`.
 
 A job goes in and an `Exit` comes out, as of `cpbench.launch.launch`, with the same files beside it.  The server and all
 its children are descendants of one supervisor, which ends them when the pool is left or this process is gone.  Should
-the server itself die, the cases that ran in it have ended badly, and the next one gets a new server.
+the server itself die, or no longer answer, the cases that ran in it have ended badly, and the next one gets a new
+server.
 """
 
 from __future__ import annotations
@@ -21,16 +22,15 @@ from types import TracebackType
 
 import psutil
 
-from cpbench.disk import refusing_bad_disk
 from cpbench.launch import WORKER, Exit, Job, child_environment, end_supervised, prepare
 from cpbench.machine import usable_cpus
 from cpbench.units import GIB
 
 CASE_BYTES = GIB
 """Memory to have for each estimate that runs at the same time; most need less than half of it."""
-_SERVER = "cpbench.estimate_server"
-_LOST = 255
-"""Exit code of a case whose server died under it."""
+SERVER = ("-m", "cpbench.estimate_server")
+_PATIENCE_SECONDS = 30.0
+"""How long a server may take to end a case that is over its time."""
 # OMP_NUM_THREADS stays the user's: what a rank of a CPU case allocates depends on it.
 _ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
@@ -62,6 +62,8 @@ class EstimatePool:
 
     size: int = field(default_factory=room)
     """Estimates at a time."""
+    server: Sequence[str] = SERVER
+    """What the server runs, in Python's words: `-m module` or a script; it gets the number of its socket."""
     _process: subprocess.Popen[bytes] | None = None
     _channel: socket.socket | None = None
     _log: Path | None = None
@@ -95,7 +97,7 @@ class EstimatePool:
             return
         ours, theirs = socket.socketpair()
         handle, name = tempfile.mkstemp(prefix="cpbench-estimates-", suffix=".log")
-        command = [sys.executable, "-m", "cpbench.supervise", sys.executable, "-m", _SERVER]
+        command = [sys.executable, "-m", "cpbench.supervise", sys.executable, *self.server]
         with theirs, os.fdopen(handle, "wb") as log:
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())],
@@ -112,10 +114,9 @@ class EstimatePool:
         """Start a job; ask `free` first.
 
         Raises:
-            RunFolderError: its folders cannot be written.
+            OSError: its folders cannot be written.
         """
-        with refusing_bad_disk(job.scratch):
-            job_file = prepare(job)
+        job_file = prepare(job)
         job.launcher_log.touch()
         self._count += 1
         self._running[self._count] = _Running(job, self._count, time.monotonic())
@@ -126,11 +127,14 @@ class EstimatePool:
     def wait(self, seconds: float) -> list[tuple[Job, Exit]]:
         """Return the jobs that have ended, after at most so many seconds; those over their time are ended."""
         now = time.monotonic()
+        hung = False
         for running in self._running.values():
-            if not running.timed_out and now - running.began > running.job.timeout_seconds:
+            over = now - running.began - running.job.timeout_seconds
+            if not running.timed_out and over > 0:
                 running.timed_out = True
                 self._send({"id": running.number, "end": True})
-        codes = self._received(seconds)
+            hung = hung or over > _PATIENCE_SECONDS
+        codes = self._lost() if hung else self._received(seconds)
         return [self._ended(number, code) for number, code in codes.items() if number in self._running]
 
     def _ended(self, number: int, code: int) -> tuple[Job, Exit]:
@@ -145,7 +149,7 @@ class EstimatePool:
     def _received(self, seconds: float) -> dict[int, int]:
         """Exit codes by number; of everything that ran if the server is gone."""
         if self._channel is None:
-            return dict.fromkeys(self._running, _LOST)
+            return self._lost()
         self._channel.settimeout(seconds)
         try:
             received = self._channel.recv(1 << 16)
@@ -156,16 +160,16 @@ class EstimatePool:
         *lines, self._unread = (self._unread + received).split(b"\n")
         codes = {answer["id"]: answer["code"] for answer in map(json.loads, lines)}
         if not received:
-            codes = dict.fromkeys(self._running, self._lost()) | codes
+            codes = self._lost() | codes
         return codes
 
-    def _lost(self) -> int:
-        """Put what the dead server said into the logs of its cases, and forget it."""
+    def _lost(self) -> dict[int, int]:
+        """End the server and say in the logs of its cases that it is gone; the exit code of each is the server's."""
         code, words = self._end()
         for running in self._running.values():
             with running.job.launcher_log.open("a", encoding="utf-8") as log:
                 log.write(f"{words}\nthe process that this estimate was forked from ended with code {code}\n")
-        return _LOST
+        return dict.fromkeys(self._running, code or 1)
 
     def _send(self, request: dict[str, object]) -> None:
         if self._channel is None:
@@ -190,4 +194,4 @@ class EstimatePool:
         return code, words
 
 
-__all__ = ["CASE_BYTES", "EstimatePool", "room", "suits"]
+__all__ = ["CASE_BYTES", "SERVER", "EstimatePool", "room", "suits"]

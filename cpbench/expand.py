@@ -80,9 +80,7 @@ def plan_sweep(
         if name not in known:
             raise UnknownName("method of an [[exclude]] rule", name, known)
     gpus = len(visible_gpus()[0])
-    nodes = scenario.run.nodes
-    local = max(-(-world // nodes) for world in scenario.sweep.world_size)
-    choice = choose_mode(scenario.run.mode, scenario.run.device, world_size=local, gpus=gpus)
+    choice = chosen_mode(scenario)
     run = scenario.run.model_copy(update={"mode": choice.mode, "device": choice.device})
     load_hardware(scenario.run.hardware)
     requested = scenario.expand(mode=choice.mode, device=choice.device)
@@ -101,6 +99,14 @@ def plan_sweep(
     return Plan(
         scenario=scenario.model_copy(update={"run": run}), choice=choice, cases=cases, plugins=plugins
     )
+
+
+def chosen_mode(scenario: Scenario) -> ModeChoice:
+    """Return the mode and device that a scenario means on this machine."""
+    nodes = scenario.run.nodes or 1
+    local = max(-(-world // nodes) for world in scenario.sweep.world_size)
+    gpus = len(visible_gpus()[0])
+    return choose_mode(scenario.run.mode, scenario.run.device, world_size=local, gpus=gpus)
 
 
 def resolve_cases(cases: Sequence[Case], plugins: Sequence[Path]) -> list[ResolvedCase]:
@@ -141,14 +147,14 @@ def cpu_process_limit() -> int:
 
 
 def excess(case: Case, *, gpus: int | None) -> str | None:
-    """Return why a measured case has more ranks than this machine has devices, or None.
+    """Return why a case has more ranks than there are devices, here or on a node of its machine profile, or None.
 
     Args:
         case: a resolved case.
         gpus: visible GPUs of this machine; None when another machine runs the case, with devices of its own.
     """
     if case.mode != "measure":
-        return None
+        return _no_gpu(case, gpus) or _too_full(case)
     if case.world_size % case.nodes:
         return f"world_size={case.world_size} does not divide over {case.nodes} nodes; choose a multiple"
     if gpus is None:
@@ -163,8 +169,38 @@ def excess(case: Case, *, gpus: int | None) -> str | None:
     )
 
 
+def _no_gpu(case: Case, gpus: int | None) -> str | None:
+    if case.mode != "emulate" or case.device != "cuda" or gpus != 0:
+        return None
+    return (
+        "an emulated case runs on one visible GPU, but this machine has none; "
+        "use --device cpu, or --mode estimate"
+    )
+
+
+def _too_full(case: Case) -> str | None:
+    if case.hardware is None:
+        return None
+    size, local = load_hardware(case.hardware).gpus_per_node, -(-case.world_size // case.nodes)
+    if local <= size:
+        return None
+    return (
+        f"world_size={case.world_size} on nodes={case.nodes} is {local} ranks a node, but a node of {case.hardware} "
+        f"has {size} GPUs; give --nodes {-(-case.world_size // size)} or more, or leave it out"
+    )
+
+
 def _devices(device: Device, gpus: int) -> tuple[int, str]:
     return (gpus, "visible GPUs") if device == "cuda" else (cpu_process_limit(), "processes")
 
 
-__all__ = ["Plan", "ResolvedCase", "Resolver", "cpu_process_limit", "excess", "plan_sweep", "resolve_cases"]
+__all__ = [
+    "Plan",
+    "ResolvedCase",
+    "Resolver",
+    "chosen_mode",
+    "cpu_process_limit",
+    "excess",
+    "plan_sweep",
+    "resolve_cases",
+]

@@ -15,7 +15,7 @@ from cpbench.case import Case, Stack
 from cpbench.errors import UsageError, without_name
 from cpbench.expand import resolve_cases
 from cpbench.explanation import Anatomy, Explanation, OptionEffect
-from cpbench.hardware import MARGIN, fit, load_hardware
+from cpbench.hardware import fit, load_hardware, pinnable_bytes
 from cpbench.launch import child_environment
 from cpbench.run_folder import RunFolder
 
@@ -123,11 +123,10 @@ def _rooms(case: Case) -> dict[str, int]:
     if case.hardware is None:
         return {}
     hardware = load_hardware(case.hardware)
-    overhead = fit(case, hardware, peak_bytes=0, host_bytes=0)
-    device = int((hardware.device_memory_bytes - overhead.device_needed_bytes) / (1 + MARGIN))
+    overhead = fit(case, hardware, peak_bytes=0, host_bytes=0).device_needed_bytes
+    device = int((hardware.usable_memory_bytes - overhead) / (1 + hardware.margin))
     on_node = min(case.world_size // case.nodes, hardware.gpus_per_node)
-    host = (hardware.host_memory_bytes - overhead.host_needed_bytes) // on_node
-    return {"device_bytes": device, "host_room_bytes": host}
+    return {"device_bytes": device, "host_room_bytes": pinnable_bytes(case, hardware) // on_node}
 
 
 def _ask(cases: Sequence[Case], plugins: Sequence[Path]) -> list[dict[str, Any]]:

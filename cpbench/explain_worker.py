@@ -21,7 +21,7 @@ from cpbench.errors import Unsupported
 from cpbench.memory.anatomy import anatomy
 from cpbench.memory.categories import analyse
 from cpbench.memory.timeline import Timeline
-from cpbench.world.estimate import STEP, traced_step
+from cpbench.world.estimate import STEP, ranks_to_run, traced_step
 from cpbench.world.layers import host_peak_bytes
 
 
@@ -30,7 +30,8 @@ def explain(case: Case, plugins: list[Path], *, whole: bool) -> dict[str, Any]:
     try:
         method = registry.load(case.method, case.options, plugins)
         method.check(case)
-        events = traced_step(case, method, rank=case.rank or 0).trace.events
+        # The first of the representative ranks needs most memory.
+        events = traced_step(case, method, rank=ranks_to_run(case, method)[0]).trace.events
     except Unsupported as error:
         return {"unsupported": str(error)}
     host = host_peak_bytes(events)

@@ -26,9 +26,10 @@ from pathlib import Path
 from cpbench import registry
 from cpbench.errors import CpbenchError
 from cpbench.launch import child_environment
+from cpbench.machine import visible_gpus
 from cpbench.record import Record, read_record
 from cpbench.supervise import GRACE_SECONDS
-from cpbench.units import format_bytes, format_length, format_rate, format_seconds, parse_length
+from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds, parse_length
 
 STEPS = ("parity", "sweep", "throughput")
 _MADE = ("sweep-*", "throughput", "parity.json", "records.jsonl", "table.txt")
@@ -177,17 +178,19 @@ def table(checks: Checks) -> str:
     """Return the short table of everything found."""
     lines = ["", "parity"]
     findings = checks.findings()
-    wrong = [f for f in findings if not f["passed"]]
+    wrong = [f for f in findings if f["passed"] is False]
+    left_out = _left_out(findings)
     for kind in ("kernel", "method"):
-        names = sorted({str(f["name"]) for f in findings if f["what"] == kind})
+        names = sorted({str(f["name"]) for f in findings if f["what"] == kind} - set(left_out))
         bad = sorted({str(f["name"]) for f in wrong if f["what"] == kind})
         verdict = f"FAIL: {', '.join(bad)}" if bad else "pass"
         lines.append(f"  {kind}s  {', '.join(names) or '-'}  {verdict if names else 'not run'}")
+    lines += [f"  not run: {name}: {why}" for name, why in left_out.items()]
     lines += ["", f"one rank of {checks.given.world}, emulated, {checks.given.model}"]
     head = ("method", "length", "layers", "status", "peak", "estimate", "error", "compute")
     rows = [_row(record) for record in checks.records("sweep")]
     lines += _columns([head, *rows]) if rows else ["  not run"]
-    lines += ["", "throughput, compute only (communication is not in it)"]
+    lines += ["", "throughput, compute only (modelled communication is not in it)"]
     timed = [r for r in checks.records("throughput") if r.compute_seconds is not None]
     rates = {r.method: r.seq_len * r.batch_size / r.world_size / (r.compute_seconds or 1.0) for r in timed}
     lines += [
@@ -201,15 +204,20 @@ def table(checks: Checks) -> str:
     return "\n".join(lines) + "\n"
 
 
-def signed_error(record: Record) -> float | None:
-    """Return (estimated - measured) / measured peak of an emulated record."""
-    measured, estimate = record.peak_allocated_bytes, record.estimated_peak_bytes
-    return None if not measured or estimate is None else (estimate - measured) / measured
+def outside(record: Record) -> bool:
+    """Return whether the estimate of a record's peak is further off than it may be."""
+    error = record.estimate_error
+    return error is not None and not BAR[0] <= error <= BAR[1]
+
+
+def _left_out(findings: Sequence[dict[str, object]]) -> dict[str, str]:
+    """What was run at no shape, with the reason."""
+    ran = {f["name"] for f in findings if f["passed"] is not None}
+    return {str(f["name"]): str(f["worst"]) for f in findings if f["name"] not in ran}
 
 
 def _row(record: Record) -> tuple[str, ...]:
-    error = signed_error(record)
-    mark = "" if error is None or BAR[0] <= error <= BAR[1] else " !"
+    mark = " !" if outside(record) else ""
     of = f"/{record.model_layers}" if record.model_layers else ""
     return (
         record.method,
@@ -218,7 +226,7 @@ def _row(record: Record) -> tuple[str, ...]:
         record.status,
         format_bytes(record.peak_allocated_bytes),
         format_bytes(record.estimated_peak_bytes),
-        "-" if error is None else f"{error:+.2%}{mark}",
+        f"{format_error(record.estimate_error)}{mark}",
         format_seconds(record.compute_seconds),
     )
 
@@ -229,7 +237,10 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the steps, print the table, and return 0 if every step did all its work and passed."""
+    """Run the steps, print the table, and return the exit code.
+
+    0: every step did all its work and passed, and no estimate is further off than `BAR`; 1: not so; 2: no GPU.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m cpbench.gpu_checks", description="What one GPU can show in a few minutes."
     )
@@ -256,6 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep-limit", type=float, default=400.0)
     parser.add_argument("--throughput-limit", type=float, default=100.0)
     given = parser.parse_args(arguments)
+    if given.device == "cuda" and not visible_gpus()[0]:
+        sys.stderr.write(
+            "error: these checks need a visible GPU, and there is none; --device cpu tries them without\n"
+        )
+        return 2
     given.out = given.out.absolute()
     given.length = given.length or ["128K", "512K", "2M"]
     given.out.mkdir(parents=True, exist_ok=True)
@@ -267,9 +283,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, step in steps.items():
         if name not in given.skip:
             step()
+    records = [*checks.records("sweep"), *checks.records("throughput")]
+    checks.failed |= any(map(outside, records))
     text = table(checks)
     (given.out / "table.txt").write_text(text, encoding="utf-8")
-    lines = [r.model_dump_json() + "\n" for name in ("sweep", "throughput") for r in checks.records(name)]
+    lines = [record.model_dump_json() + "\n" for record in records]
     (given.out / "records.jsonl").write_text("".join(lines), encoding="utf-8")
     sys.stdout.write(text)
     return 1 if checks.failed else 0

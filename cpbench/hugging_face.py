@@ -1,13 +1,14 @@
 """Reads the shape of a decoder from a Hugging Face `config.json`; what the stack does not compute is refused by name.
 
 Families: Llama, Mistral, Qwen2 and Qwen3, where their layers are what the stack has (RMSNorm, RoPE over the whole head,
-grouped-query attention without biases, SwiGLU).  Everything that changes memory or work is mapped or refused:
+grouped-query attention, SwiGLU).  Everything that changes memory or work is mapped or refused:
 
-    biases                        refused: attention_bias, mlp_bias, and Qwen2, whose q, k and v always have them
+    biases                        of q, k and v, which every Qwen2 has, kept; attention_bias of the other families
+                                  refused, because it gives the output projection one too; mlp_bias refused
     experts, quantised weights    refused
     other activations, dropout    refused
     partial rotary embedding      refused
-    sliding window                kept; a case is unsupported where its sequence is longer than the window
+    sliding window                kept if any layer has one; a case is unsupported where its sequence is longer
     rope_scaling, rope_parameters the base is taken; scaled frequencies (llama3, yarn, ...) change neither memory nor
                                   work, so they are left out
     dtype, torch_dtype            left out: the case's dtype decides
@@ -25,13 +26,13 @@ from cpbench.errors import UsageError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-_MISTRAL_WINDOW = 4096  # of a Mistral config that does not say
+_WINDOW = 4096  # of a config that does not say how wide
+_FULL_LAYERS = 28
+"""Layers before the first with a window, of a Qwen2 or Qwen3 config that does not say."""
 _QWEN3_HEAD_DIM = 128
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _ONLY: tuple[tuple[str, Any, str], ...] = (
-    ("attention_bias", False, "the stack has no biases"),
-    ("qkv_bias", False, "the stack has no biases"),
-    ("mlp_bias", False, "the stack has no biases"),
+    ("mlp_bias", False, "the MLP of the stack has no biases"),
     ("attention_dropout", 0, "no attention kernel here has dropout"),
     ("hidden_act", "silu", "the MLP of the stack is SwiGLU"),
     ("partial_rotary_factor", 1, "RoPE turns the whole head here"),
@@ -88,6 +89,7 @@ def _shape(raw: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": _rope_theta(raw),
         "norm_eps": _number(raw, "rms_norm_eps", 1e-6),
         "qk_norm": family == "qwen3",
+        "attention_bias": _attention_bias(raw, family),
         "tied_embeddings": _switch(raw, "tie_word_embeddings"),
         "sliding_window": _window(raw, family),
     }
@@ -106,9 +108,24 @@ def _family(raw: dict[str, Any]) -> str:
         isinstance(name, str) and name.endswith("ForCausalLM") for name in named
     ):
         raise ValueError(f"architectures={_short(named)} is not supported; only ...ForCausalLM is")
-    if family == "qwen2":
-        raise ValueError("qwen2 adds a bias to q, k and v, and the stack has no biases")
     return str(family)
+
+
+def _attention_bias(raw: dict[str, Any], family: str) -> bool:
+    """Whether q, k and v have biases and the output projection none, the one kind that the stack has."""
+    has = family == "qwen2"
+    why = (
+        "its q, k and v always have biases"
+        if has
+        else "elsewhere the output projection would have one too, and in the stack only q, k and v can, as in qwen2"
+    )
+    for key in ("attention_bias", "qkv_bias"):
+        value = raw.get(key)
+        if value is not None and value is not has:
+            raise ValueError(
+                f"{key}={_short(value)} is not supported for {family}; only {json.dumps(has)} is: {why}"
+            )
+    return has
 
 
 def _head_dim(raw: dict[str, Any], family: str, hidden: int, heads: int) -> int:
@@ -148,12 +165,25 @@ def _window(raw: dict[str, Any], family: str) -> int | None:
     other = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
     if other:
         raise ValueError(f"a layer of type {_short(other[0])} is not supported")
+    switched, said = _switch(raw, "use_sliding_window"), raw.get("sliding_window", _WINDOW) is not None
     if family == "mistral":
-        given = raw.get("sliding_window", _MISTRAL_WINDOW)
-        used = given is not None
+        used = said
+    elif types:
+        used = "sliding_attention" in types
     else:
-        used = _switch(raw, "use_sliding_window") or "sliding_attention" in types
-    return _count(raw, "sliding_window", _MISTRAL_WINDOW) if used else None
+        used = switched and said and _full_layers(raw, family) < _count(raw, "num_hidden_layers")
+    return _count(raw, "sliding_window", _WINDOW) if used else None
+
+
+def _full_layers(raw: dict[str, Any], family: str) -> int:
+    """Layers before the first with a window."""
+    key = "max_window_layers"
+    value = raw.get(key)
+    if value is None:
+        return _FULL_LAYERS if family in ("qwen2", "qwen3") else 0
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{key}={_short(value)} is no whole number of layers")
+    return value
 
 
 def _count(raw: dict[str, Any], key: str, default: int | None = None) -> int:

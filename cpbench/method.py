@@ -14,7 +14,8 @@ d hidden_dim.  Tensors that hold heads are `[b, s, h, e]`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Protocol
 
 from cpbench.case import Case
@@ -65,6 +66,22 @@ class AttentionWeights:
     wo: Tensor  # [d, h*e]
     q_norm: Tensor | None = None  # [e], only with ModelConfig.qk_norm
     k_norm: Tensor | None = None  # [e]
+    bq: Tensor | None = None  # [h*e], only with ModelConfig.attention_bias
+    bk: Tensor | None = None  # [k*e]
+    bv: Tensor | None = None  # [k*e]
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor | None]) -> AttentionWeights:
+        """Return the weights from tensors in the order of `ATTENTION_WEIGHTS`."""
+        return cls(*tensors)  # type: ignore[arg-type]  # the first four are in every model
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return all in the order of `ATTENTION_WEIGHTS`, as an autograd function takes them."""
+        return tuple(getattr(self, name) for name in ATTENTION_WEIGHTS)
+
+
+ATTENTION_WEIGHTS = tuple(weight.name for weight in fields(AttentionWeights))
+"""Names of the parameters of an attention block; its gradients have the same order."""
 
 
 class Method(Protocol):
@@ -90,6 +107,22 @@ class Method(Protocol):
 
     def costs(self, case: Case) -> Costs:
         """Return the closed-form costs of one block; the derivation is in the docstring."""
+
+
+def representative_ranks(layout: Layout) -> tuple[int, ...]:
+    """Return the ranks whose maximum is that of all ranks, in memory and in time.
+
+    Ranks of a Ulysses group do the same.  Of a ring, every place but the first and the last meets both kinds of hop
+    (keys from an earlier and from a later rank), so it holds as much as any; with contiguous tokens the last place has
+    most to compute.  In a ring of two the places differ, and both are meant.
+
+    Args:
+        layout: of any rank; rank w is at place w // C of its ring, C the Ulysses degree.
+    """
+    last = layout.ring_degree - 1
+    return tuple(
+        place * layout.ulysses_degree for place in sorted({min(1, last), last, 0 if last < 2 else last})
+    )
 
 
 def contiguous_segments(seq_len: int, world_size: int, rank: int) -> tuple[tuple[int, int], ...]:

@@ -42,7 +42,7 @@ def choose_mode(
         return ModeChoice(
             "emulate",
             "cuda",
-            f"{found} for {world_size} ranks, so one rank runs alone and its communication is not timed; "
+            f"{found} for {world_size} ranks, so one rank runs alone and its communication is modelled; "
             "add --mode estimate to run nothing",
         )
     return ModeChoice(

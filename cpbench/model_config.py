@@ -26,7 +26,7 @@ from cpbench.hugging_face import read_shape
 
 
 class ModelConfig(BaseModel):
-    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU, optional qk-norm, tied or untied embeddings."""
+    """A decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; if wanted, qk-norm, biases of q, k, v, tied tables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,6 +50,8 @@ class ModelConfig(BaseModel):
     """Epsilon inside RMSNorm."""
     qk_norm: bool = False
     """RMSNorm over head_dim on queries and keys before RoPE (Qwen3)."""
+    attention_bias: bool = False
+    """A bias on each of the projections to queries, keys and values (Qwen2); the output projection has none."""
     tied_embeddings: bool = False
     """The output head shares the embedding's weight."""
     sliding_window: PositiveInt | None = None
@@ -69,8 +71,9 @@ class ModelConfig(BaseModel):
     @model_serializer(mode="wrap")
     def _without_what_is_not_there(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        if fields.get("sliding_window") is None:  # cases from before this field keep their ids
-            fields.pop("sliding_window", None)
+        for name in ("attention_bias", "sliding_window"):  # cases from before these fields keep their ids
+            if not fields.get(name):
+                fields.pop(name, None)
         return fields
 
     @property
@@ -96,10 +99,12 @@ class ModelConfig(BaseModel):
 
     @property
     def num_params(self) -> int:
-        """All parameters, embeddings and norms included."""
-        norms = 2 * self.hidden_dim + (2 * self.head_dim if self.qk_norm else 0)
+        """All parameters, embeddings, norms and biases included."""
+        vectors = 2 * self.hidden_dim
+        vectors += 2 * self.head_dim if self.qk_norm else 0
+        vectors += self.attention_dim + 2 * self.kv_dim if self.attention_bias else 0
         tables = self.vocab_size * self.hidden_dim * (1 if self.tied_embeddings else 2)
-        return self.num_layers * (self.layer_matrix_params + norms) + self.hidden_dim + tables
+        return self.num_layers * (self.layer_matrix_params + vectors) + self.hidden_dim + tables
 
     def step_flops(self, seq_len: int, batch_size: int) -> float:
         """Model FLOPs of one training step over all ranks (convention: see the module docstring).

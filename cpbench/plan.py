@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cpbench import registry
-from cpbench.bracket import Bracket, Room, longest_that_fits
+from cpbench.bracket import Bracket, LengthSearch, Room
 from cpbench.case import STACKS, Case
 from cpbench.context_plan import (
     Configuration,
@@ -29,9 +27,8 @@ from cpbench.context_plan import (
     Question,
     StackChange,
 )
-from cpbench.errors import UsageError
-from cpbench.estimator import Estimate
-from cpbench.hardware import Hardware, fit
+from cpbench.estimates import Estimates, Search, answered
+from cpbench.hardware import Hardware, nodes_of, pinnable_bytes
 from cpbench.recommendation import recommended
 from cpbench.units import MIB, format_length
 
@@ -44,16 +41,6 @@ _DIVIDES = re.compile(r"divi(?:de|sib)|multiple of")
 _FIRST_TOKENS = MIB // 8
 """Tokens of a rank that the search starts with."""
 _SLOW_FIRST = ("fpdt", "upipe")  # their estimates take longest, so they start first
-
-
-class Estimates(Protocol):
-    """What `cpbench.estimator.Estimator` does."""
-
-    size: int
-
-    def estimate(self, case: Case) -> Estimate:
-        """Return the estimate of a case."""
-        ...
 
 
 def plan_context(
@@ -76,51 +63,24 @@ def plan_context(
     Raises:
         UsageError: a number of ranks that does not fill whole nodes, or options declared wrongly.
     """
-    hardware = hardware.model_copy(update={"host_memory_bytes": question.host_memory_bytes})
     searches = [
-        _Search(question, hardware, estimates, method, world, plugins)
+        _Search(question, hardware, method, world, plugins)
         for world in question.worlds
         for method in question.methods
     ]
     order = sorted(searches, key=lambda search: search.method not in _SLOW_FIRST)
-    found: dict[_Key, MethodPlan] = {}
-    stop = threading.Event()
-    pool = ThreadPoolExecutor(max_workers=estimates.size)
-    running = [pool.submit(search.run, stop) for search in order]
-    try:
-        for done in as_completed(running):
-            answer = done.result()
-            found[answer.method, answer.world_size] = answer
-            said(f"[{len(found)}/{len(searches)}] {_told(answer)}")
-    finally:
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt does not wait for estimates under way
+    found: dict[tuple[str, int], MethodPlan] = {}
+    for _, answer in answered([search.run() for search in order], estimates):
+        found[answer.method, answer.world_size] = answer
+        said(f"[{len(found)}/{len(searches)}] {_told(answer)}")
     plans = tuple(found[search.method, search.world] for search in searches)
     return ContextPlan(
         question=question,
         step_tokens={search.world: search.unit for search in searches},
-        device_memory_bytes=hardware.device_memory_bytes,
+        device_memory_bytes=hardware.usable_memory_bytes,
         methods=plans,
         recommended=recommended(plans, asked=question.seq_len is not None),
     )
-
-
-_Key = tuple[str, int]
-
-
-def nodes_of(world_size: int, hardware: Hardware) -> int:
-    """Return the nodes that a number of ranks fills.
-
-    Raises:
-        UsageError: they fill some only in part.
-    """
-    size = hardware.gpus_per_node
-    nodes = -(-world_size // size)
-    if nodes > 1 and world_size % size:
-        raise UsageError(
-            f"--world {world_size} fills {nodes} nodes of {size} GPUs only in part; use a multiple of {size}"
-        )
-    return nodes
 
 
 class _FailedError(Exception):
@@ -129,10 +89,6 @@ class _FailedError(Exception):
     def __init__(self, words: str, *, failed: bool) -> None:
         super().__init__(words)
         self.failed = failed
-
-
-class _StoppedError(Exception):
-    """Nobody waits for the answer any more."""
 
 
 @dataclass(slots=True)
@@ -150,34 +106,31 @@ class _Search:
 
     question: Question
     hardware: Hardware
-    estimates: Estimates
     method: str
     world: int
     plugins: Sequence[Path]
     unit: int = field(init=False)
     nodes: int = field(init=False)
-    _stop: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.unit = math.lcm(STEP, 2 * self.world)
         self.nodes = nodes_of(self.world, self.hardware)
 
-    def run(self, stop: threading.Event) -> MethodPlan:
+    def run(self) -> Search[MethodPlan]:
         """Search, and look at the length asked for."""
-        self._stop = stop
         sets = registry.plan_options(registry.require(self.method, self.plugins))
         configurations = [Configuration(method=self.method, options=options) for options in sets]
-        best, problem = self._best(configurations)
+        best, problem = yield from self._best(configurations)
         common: dict[str, Any] = {"method": self.method, "world_size": self.world, "nodes": self.nodes}
         if best is None:
             ended = _ended(problem)
             return MethodPlan(
                 **common, configuration=configurations[0], ended_by=ended, reason=str(problem or "")
             )
-        self._add_short(best)
+        yield from self._add_short(best)
         asked: dict[str, Any] = {}
         if self.question.seq_len is not None:
-            asked = self._asked(self.question.seq_len, best, configurations)
+            asked = yield from self._asked(self.question.seq_len, best, configurations)
         longest, beyond = best.bracket.longest, best.bracket.shortest_too_long
         too_long = None if beyond is None else best.points[beyond]
         ended = "limit of the search"
@@ -194,7 +147,9 @@ class _Search:
             points=tuple(point for _, point in sorted(best.points.items())),
         )
 
-    def _best(self, configurations: Sequence[Configuration]) -> tuple[_Found | None, _FailedError | None]:
+    def _best(
+        self, configurations: Sequence[Configuration]
+    ) -> Search[tuple[_Found | None, _FailedError | None]]:
         """The configuration with the longest context: an option set is searched only if it goes further.
 
         The optimizer's states go to host memory if device memory is what ends the best of them.
@@ -203,36 +158,38 @@ class _Search:
         problem: _FailedError | None = None
         for configuration in configurations:
             try:
-                best = self._further(configuration, best)
+                best = yield from self._further(configuration, best)
             except _FailedError as error:  # another option set may run
                 problem = problem or error
         if best is not None and self._ends_by_device(best):
             with suppress(_FailedError):  # what was found without it still holds
-                best = self._without_states(best)
+                best = yield from self._without_states(best)
         return best, problem
 
-    def _without_states(self, best: _Found) -> _Found:
+    def _without_states(self, best: _Found) -> Search[_Found]:
         """The search with the optimizer's states in host memory; it starts where their bytes should lead."""
         configuration = best.configuration.model_copy(update={"stack": {"optimizer_offload": True}})
         slope, beyond = best.bracket.slope, best.bracket.shortest_too_long
         if slope is None or slope.device <= 0 or beyond is None:
-            return self._further(configuration, best)
+            return (yield from self._further(configuration, best))
         states = 8 * self.question.architecture.num_params / self.world
         room = best.bracket.samples[beyond].device + states
-        found = self._searched(configuration, start=int(beyond + room / slope.device), slope=slope)
+        start = int(beyond + room / slope.device)
+        found = yield from self._searched(configuration, start=start, slope=slope)
         return found if found.bracket.longest > best.bracket.longest else best
 
-    def _further(self, configuration: Configuration, best: _Found | None) -> _Found:
+    def _further(self, configuration: Configuration, best: _Found | None) -> Search[_Found]:
         """The search of a configuration, or what was the best before if it does not go further."""
         if best is None:
-            return self._searched(configuration, start=self.world * _FIRST_TOKENS)
+            return (yield from self._searched(configuration, start=self.world * _FIRST_TOKENS))
         beyond = best.bracket.shortest_too_long
         if beyond is None:
             return best
-        point = self._point(configuration, beyond)
+        point = yield from self._point(configuration, beyond)
         if not self._room(point).fits:
             return best
-        return self._searched(configuration, start=beyond, slope=best.bracket.slope, known=point)
+        slope = best.bracket.slope
+        return (yield from self._searched(configuration, start=beyond, slope=slope, known=point))
 
     def _searched(
         self,
@@ -241,54 +198,52 @@ class _Search:
         start: int,
         slope: Room | None = None,
         known: Point | None = None,
-    ) -> _Found:
+    ) -> Search[_Found]:
         points = {} if known is None else {known.seq_len: known}
-
-        def room(length: int) -> Room:
+        search = LengthSearch(unit=self.unit, limit=LIMIT, start=start, slope=slope)
+        while (length := search.next_length) is not None:
             if length not in points:
-                points[length] = self._point(configuration, length)
-            return self._room(points[length])
-
-        bracket = longest_that_fits(room, unit=self.unit, limit=LIMIT, start=start, slope=slope)
-        return _Found(configuration, bracket, points)
+                points[length] = yield from self._point(configuration, length)
+            search.add(length, self._room(points[length]))
+        return _Found(configuration, search.found, points)
 
     def _room(self, point: Point) -> Room:
         return Room(
-            self.hardware.device_memory_bytes - point.device_needed_bytes,
-            self.hardware.host_memory_bytes - point.host_needed_bytes,
+            self.hardware.usable_memory_bytes - point.device_needed_bytes,
+            self.question.host_memory_bytes - point.host_needed_bytes,
         )
 
-    def _add_short(self, best: _Found) -> None:
+    def _add_short(self, best: _Found) -> Search[None]:
         """Where the search began far up, the length at which others began, so that a picture can compare them."""
         short = max(self.world * _FIRST_TOKENS // self.unit, 1) * self.unit
         if min(best.points) > short:
-            best.points[short] = self._point(best.configuration, short)
+            best.points[short] = yield from self._point(best.configuration, short)
 
     def _ends_by_device(self, best: _Found) -> bool:
         beyond = best.bracket.shortest_too_long
         return beyond is not None and best.points[beyond].status == "oom_device"
 
-    def _asked(self, length: int, best: _Found, configurations: Sequence[Configuration]) -> dict[str, Any]:
+    def _asked(
+        self, length: int, best: _Found, configurations: Sequence[Configuration]
+    ) -> Search[dict[str, Any]]:
         """The fastest configuration that fits at a length; attention is saved too, where host memory allows it."""
         tried: list[tuple[Point, Configuration]] = []
         problem: _FailedError | None = None
         for configuration in self._candidates(best, configurations):
             try:
                 known = best.points.get(length) if configuration == best.configuration else None
-                tried.append((known or self._point(configuration, length), configuration))
+                tried.append((known or (yield from self._point(configuration, length)), configuration))
             except _FailedError as error:
                 problem = problem or error
         if not tried:
             return {"asked_reason": str(problem or "")}
         point, configuration = min(tried, key=self._preference)
         if point.status == "ok":
-            saving: dict[str, StackChange] = {
-                "save_attention": "auto",
-                "host_budget_bytes": self.hardware.host_memory_bytes,
-            }
+            budget = pinnable_bytes(self._case(configuration, length), self.hardware)
+            saving: dict[str, StackChange] = {"save_attention": "auto", "host_budget_bytes": budget}
             saved = configuration.model_copy(update={"stack": configuration.stack | saving})
             with suppress(_FailedError):  # offload saves by itself, and some methods cannot
-                tried.append((self._point(saved, length), saved))
+                tried.append(((yield from self._point(saved, length)), saved))
             point, configuration = min(tried, key=self._preference)
         return {"asked": point, "asked_configuration": configuration}
 
@@ -307,11 +262,9 @@ class _Search:
         speed = 0.0 if rate is None else -float(f"{rate:.3g}")
         return False, speed, len(configuration.options) + len(configuration.stack), point.device_needed_bytes
 
-    def _point(self, configuration: Configuration, length: int) -> Point:
-        if self._stop.is_set():
-            raise _StoppedError
+    def _case(self, configuration: Configuration, length: int) -> Case:
         q = self.question
-        case = Case(
+        return Case(
             method=self.method,
             options=configuration.options,
             model=q.model,
@@ -325,26 +278,23 @@ class _Search:
             mode="estimate",
             device="cuda",
             hardware=q.hardware,
+            host_memory_bytes=q.host_memory_bytes,
         )
-        estimate = self.estimates.estimate(case)
+
+    def _point(self, configuration: Configuration, length: int) -> Search[Point]:
+        estimate = yield self._case(configuration, length)
         if estimate.record is None:
             raise _FailedError(estimate.reason or "", failed=estimate.failed)
         record = estimate.record
         if record.status not in ("ok", "oom_device", "oom_host"):
             raise _FailedError(f"{record.status}: {record.reason}", failed=True)
-        found = fit(
-            estimate.case,
-            self.hardware,
-            peak_bytes=record.peak_allocated_bytes or 0,
-            host_bytes=record.host_pinned_peak_bytes or 0,
-        )
         return Point(
             seq_len=length,
-            status=found.status,
-            reason=found.reason,
+            status=record.status,
+            reason=record.reason,
             peak_bytes=record.peak_allocated_bytes or 0,
-            device_needed_bytes=found.device_needed_bytes,
-            host_needed_bytes=found.host_needed_bytes,
+            device_needed_bytes=record.device_needed_bytes or 0,
+            host_needed_bytes=record.host_needed_bytes or 0,
             step_seconds=record.step_seconds,
             tokens_per_second_per_gpu=record.tokens_per_second_per_gpu,
             mfu=record.mfu,

@@ -10,6 +10,7 @@ from cpbench.case import TRACED_STEPS
 from cpbench.context_plan import Question, Recommendation
 from cpbench.durations import SAFETY, START_SECONDS, StepBudget, step_budget
 from cpbench.launch import WORKER
+from cpbench.scenario import RunSettings
 from cpbench.units import format_length, format_seconds
 
 
@@ -18,14 +19,16 @@ def sweep_command(
     choice: Recommendation,
     *,
     model: str,
+    host_ram: str | None = None,
     plugins: Sequence[Path] = (),
 ) -> list[str]:
-    """Return the `cpbench sweep` command that measures a recommendation.
+    """Return the `cpbench sweep` command that measures a recommendation; with another `--mode` it estimates it.
 
     Args:
         question: what was asked.
         choice: what is recommended.
         model: as the user named it.
+        host_ram: as the user gave it; None if the profile's was taken.
         plugins: files of further methods.
     """
     c = choice.configuration
@@ -40,6 +43,10 @@ def sweep_command(
         command += ["--batch", str(question.batch_size)]
     if question.dtype != "bfloat16":
         command += ["--dtype", question.dtype]
+    if question.hardware != RunSettings().hardware:
+        command += ["--hardware", question.hardware]
+    if host_ram is not None:
+        command += ["--host-ram", host_ram]
     if choice.nodes > 1:
         command += [
             "--nodes",
@@ -59,7 +66,9 @@ def sweep_command(
     return command
 
 
-def scenario_text(question: Question, choice: Recommendation, *, model: str) -> str:
+def scenario_text(
+    question: Question, choice: Recommendation, *, model: str, host_ram: str | None = None
+) -> str:
     """Return the TOML of a scenario with the one recommended case; arguments as in `sweep_command`."""
     c = choice.configuration
     lines = [
@@ -70,6 +79,7 @@ def scenario_text(question: Question, choice: Recommendation, *, model: str) -> 
         "[run]",
         f"hardware = {json.dumps(question.hardware)}",
         f"nodes = {choice.nodes}",
+        *([] if host_ram is None else [f"host_memory_bytes = {json.dumps(host_ram)}"]),
         *_limits(choice),
         "",
         "[sweep]",

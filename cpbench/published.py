@@ -99,6 +99,8 @@ class PublishedMethod(_Part):
     """Key of the source of its throughput."""
     options: dict[str, OptionValue] = Field(default_factory=dict)
     """Our options that come closest to what was run."""
+    kernel: str | None = None
+    """Its attention kernel, where it is not that of the others; one of torch's own by our name of it."""
     values: tuple[PublishedValue, ...] = Field(min_length=1, strict=False)
 
 
@@ -122,7 +124,7 @@ class Published(_Part):
     stack: str
     """The stack preset that comes closest."""
     kernel: str
-    """The attention kernel that was used."""
+    """The attention kernel that was used, where a method does not name another."""
     memory: str = Field(min_length=1)
     """What kind of peak and which unit."""
     sources: dict[str, Source]

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cpbench.case import Case
+
 Status = Literal["ok", "oom_device", "oom_host", "unsupported", "timeout", "error", "invalid"]
 STATUSES: tuple[Status, ...] = ("ok", "oom_device", "oom_host", "unsupported", "timeout", "error", "invalid")
 INCOMPLETE: tuple[Status, ...] = ("error", "timeout")
@@ -147,6 +149,16 @@ class WorkerReport(Facts):
     """Emulation only: `peak_allocated_bytes` by the estimate."""
     notes: tuple[str, ...] = ()
     """See `Record.notes`."""
+
+
+class CaseReport(Facts):
+    """What comes of a case that is resolved and run in one go."""
+
+    case: Case
+    """Resolved, as far as it could be."""
+    report: WorkerReport | None = None
+    unsupported: str | None = None
+    """Why it cannot run; None beside a report."""
 
 
 class RankFailure(Facts):

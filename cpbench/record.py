@@ -75,6 +75,8 @@ class Record(Facts):
     """The budget asked for with `auto`, only where the case could not be resolved."""
     device: str
     hardware: str | None
+    host_memory_bytes: int | None = None
+    """Of a node, where an estimate was judged by another than the profile's."""
     rank: int | None = None
     """The one rank that ran, of an emulated case or an estimate."""
     steps: int
@@ -116,6 +118,10 @@ class Record(Facts):
     """Maximum over ranks of each phase."""
     estimated_peak_bytes: int | None = None
     """Emulation only: `peak_allocated_bytes` by the estimate of the same case and rank."""
+    device_needed_bytes: int | None = None
+    """Estimates for a machine profile: what a rank needs, margin and overheads included; decides whether it fits."""
+    host_needed_bytes: int | None = None
+    """The same of a node's host memory."""
     spread: dict[str, Spread] = Field(default_factory=dict)
     """Over ranks, by name of the memory quantity."""
 
@@ -150,6 +156,12 @@ class Record(Facts):
     """Maximum over ranks of the bytes sent in one step, by kind."""
     collective_calls: dict[str, int] = Field(default_factory=dict)
     ranks: tuple[RankReport, ...] = ()
+
+    @property
+    def estimate_error(self) -> float | None:
+        """(estimated - measured) / measured peak of an emulated case; positive where the estimate is too high."""
+        measured, estimate = self.peak_allocated_bytes, self.estimated_peak_bytes
+        return None if not measured or estimate is None else (estimate - measured) / measured
 
     @property
     def stack(self) -> Stack:

@@ -43,6 +43,7 @@ from pydantic import ValidationError as PydanticValidationError
 
 from cpbench.case import AttentionBackend, Case, Device, Dtype, Mode, OptionValue, Stack, stack_by_name
 from cpbench.errors import CpbenchError, ScenarioError, UnknownName, UsageError
+from cpbench.hardware import load_hardware, nodes_of
 from cpbench.model_config import ModelConfig, load_model
 from cpbench.plain_words import problems_of
 from cpbench.units import parse_bytes, parse_length
@@ -70,6 +71,7 @@ Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_lengt
 Counts = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_lengths), Field(min_length=1)]
 Dtypes = Annotated[tuple[Dtype, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Bytes = Annotated[PositiveInt | None, BeforeValidator(_as_bytes)]
 OptionValues = Annotated[tuple[OptionValue, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 
 
@@ -85,17 +87,32 @@ class RunSettings(_Section):
     """None: cuda when GPUs are visible, else cpu."""
     hardware: str = "h100-80g"
     """Machine profile of estimates, and of the communication of emulated cases."""
+    host_memory_bytes: Bytes = None
+    """Of a node that estimates are for, as an integer or a text such as "1.5 TiB"; None: what the profile says."""
     rank: NonNegativeInt | None = None
     """The one rank that is emulated or estimated; None: rank 0."""
     layers: PositiveInt | None = None
     """Layers of every model that run; None: all."""
-    nodes: PositiveInt = 1
+    nodes: PositiveInt | None = None
+    """Machines; None: this one where ranks run, and where they do not as many of the profile's nodes as they fill."""
     steps: PositiveInt = 3
     warmup: NonNegativeInt = 2
     seed: NonNegativeInt = 0
     timeout_seconds: PositiveFloat = 1800.0
     """A case that takes longer is ended and gets status `timeout`."""
     attention_backend: AttentionBackend = "auto"
+
+    def nodes_of_case(self, world_size: int, *, mode: Mode, device: Device) -> int:
+        """Return the machines of a case.
+
+        Raises:
+            UsageError: they are not given, and the ranks fill some of the profile's nodes only in part.
+        """
+        if self.nodes is not None:
+            return self.nodes
+        if mode == "measure" or device == "cpu":
+            return 1
+        return nodes_of(world_size, load_hardware(self.hardware))
 
 
 class Axes(_Section):
@@ -120,7 +137,7 @@ class StackChanges(_Section):
     tile_loss: bool | None = None
     optimizer_offload: bool | None = None
     save_attention: NonNegativeInt | Literal["auto"] | None = None
-    host_budget_bytes: Annotated[PositiveInt | None, BeforeValidator(_as_bytes)] = None
+    host_budget_bytes: Bytes = None
     """An integer, or a text such as "1.5 TiB"."""
 
 
@@ -169,6 +186,7 @@ class Scenario(_Section):
         Raises:
             UnknownName: a model or stack that does not exist.
             ScenarioError: the exclude rules leave nothing, or a model has fewer layers than asked for.
+            UsageError: ranks that fill nodes of the machine profile only in part.
         """
         axes = self.sweep
         models = {
@@ -177,7 +195,10 @@ class Scenario(_Section):
         }
         layers = {name: self._layers(name, architecture) for name, (_, architecture) in models.items()}
         stacks = {name: self._changed(stack_by_name(name)) for name in axes.stack}
+        nodes = {world: self.run.nodes_of_case(world, mode=mode, device=device) for world in axes.world_size}
         names = ("method", "model", "stack", "dtype", "batch_size", "world_size", "seq_len")
+        hardware = self.run.hardware if mode != "measure" and device == "cuda" else None
+        judged = mode == "estimate" and hardware is not None
         cases: list[Case] = []
         for values in itertools.product(*(getattr(axes, name) for name in names)):
             point = dict(zip(names, values, strict=True))
@@ -192,11 +213,12 @@ class Scenario(_Section):
                         architecture=architecture.model_copy(update={"num_layers": running}),
                         model_layers=model_layers,
                         options=options,
-                        nodes=self.run.nodes,
+                        nodes=nodes[point["world_size"]],
                         mode=mode,
                         device=device,
                         rank=self.run.rank,
-                        hardware=self.run.hardware if mode != "measure" and device == "cuda" else None,
+                        hardware=hardware,
+                        host_memory_bytes=self.run.host_memory_bytes if judged else None,
                         steps=self.run.steps,
                         warmup=self.run.warmup,
                         seed=self.run.seed,

@@ -32,7 +32,7 @@ class Selection:
 
 
 def quick(world_size: int, dtypes: Sequence[Dtype]) -> Selection:
-    """Return one shape: GQA in a batch of two with qk-norm."""
+    """Return one shape: GQA in a batch of two with qk-norm and biases."""
     shapes = tuple(model_shape(world_size, dtype) for dtype in dtypes)
     return Selection(
         shapes=shapes,

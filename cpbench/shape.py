@@ -8,6 +8,7 @@ The matrix for W ranks covers, with few shapes, every value that has its own cod
     batch       1 and 2 (after an all-to-all, tensors of two sequences are no plain views)
     length      the shortest that every layout takes, 2 W; odd multiples of it; never a multiple of a tile
     qk-norm     with and without
+    biases      of q, k and v: with qk-norm, without it, and none
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Shape(BaseModel):
     """Sequences."""
     qk_norm: bool = False
     """Queries and keys are normalised."""
+    attention_bias: bool = False
+    """The projections to queries, keys and values have biases."""
     hidden_dim: PositiveInt = 40
     """Width of the residual stream, d."""
     num_layers: PositiveInt = 2
@@ -61,6 +64,7 @@ class Shape(BaseModel):
             seq_len=case.seq_len,
             batch_size=case.batch_size,
             qk_norm=a.qk_norm,
+            attention_bias=a.attention_bias,
             hidden_dim=a.hidden_dim,
             num_layers=a.num_layers,
             dtype=case.dtype,
@@ -73,6 +77,7 @@ class Shape(BaseModel):
             f"{self.num_heads}/{self.num_kv_heads} heads of {self.head_dim}",
             f"{self.batch_size} x {self.seq_len} tokens",
             *(["qk-norm"] if self.qk_norm else []),
+            *(["biases"] if self.attention_bias else []),
             self.dtype,
         ]
         return ", ".join(parts)
@@ -93,13 +98,14 @@ class Shape(BaseModel):
                 ffn_dim=2 * self.hidden_dim - 24,
                 vocab_size=509,
                 qk_norm=self.qk_norm,
+                attention_bias=self.attention_bias,
             )
         except ValidationError as error:
             raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
 
 
 def model_shape(world_size: int, dtype: Dtype = "float32") -> Shape:
-    """Return the shape of the matrix at which whole models are trained: GQA 4:1, two sequences, qk-norm."""
+    """Return the shape of the matrix at which whole models are trained: GQA 4:1, two sequences, qk-norm, biases."""
     heads = _multiple(world_size)
     return Shape(
         world_size=world_size,
@@ -109,6 +115,7 @@ def model_shape(world_size: int, dtype: Dtype = "float32") -> Shape:
         seq_len=18 * world_size,
         batch_size=2,
         qk_norm=True,
+        attention_bias=True,
         hidden_dim=104,
         dtype=dtype,
     )
@@ -121,7 +128,7 @@ def matrix(world_size: int, dtype: Dtype = "float32") -> tuple[Shape, ...]:
         model_shape(w, dtype),
         _shape(w, 8 * few * (w // gcd(8 * few, w)), few, 64, 2 * w, 1, dtype),
         _shape(w, heads, heads, 64, 6 * w, 1, dtype),
-        _shape(w, 3 * heads, 3, 64, 10 * w, 2, dtype),
+        _shape(w, 3 * heads, 3, 64, 10 * w, 2, dtype, attention_bias=True),
     ]
     if w > 1:
         odd = (3 * w // 2, 3) if w % 2 == 0 else (w + 1, 1)
@@ -154,6 +161,7 @@ def random_shapes(world_size: int, count: int, seed: int, dtypes: Iterable[Dtype
                     seq_len=2 * world_size * draw.randint(1 if dtype == "float32" else 5, 17),
                     batch_size=draw.randint(1, 3),
                     qk_norm=draw.random() < 0.5,
+                    attention_bias=draw.random() < 0.5,
                     hidden_dim=draw.choice((16, 40, 56)),
                     dtype=dtype,
                 )
@@ -166,7 +174,17 @@ def _multiple(world_size: int) -> int:
     return world_size * -(-4 // world_size)
 
 
-def _shape(w: int, heads: int, kv: int, head_dim: int, seq_len: int, batch: int, dtype: Dtype) -> Shape:
+def _shape(
+    w: int,
+    heads: int,
+    kv: int,
+    head_dim: int,
+    seq_len: int,
+    batch: int,
+    dtype: Dtype,
+    *,
+    attention_bias: bool = False,
+) -> Shape:
     return Shape(
         world_size=w,
         num_heads=heads,
@@ -174,5 +192,6 @@ def _shape(w: int, heads: int, kv: int, head_dim: int, seq_len: int, batch: int,
         head_dim=head_dim,
         seq_len=seq_len,
         batch_size=batch,
+        attention_bias=attention_bias,
         dtype=dtype,
     )

@@ -112,7 +112,7 @@ def make_job(plan: Plan, folder: RunFolder, command: Sequence[str], extra: Seque
             "in --output; choose another --runs"
         )
     cases = [item.case for item in plan.cases if not item.unsupported]
-    nodes = plan.scenario.run.nodes
+    nodes = plan.scenario.run.nodes or 1
     world = max(case.world_size for case in cases)
     return SlurmJob(
         command=tuple(command),

@@ -17,7 +17,7 @@ from cpbench.errors import without_name
 from cpbench.expand import ResolvedCase
 from cpbench.record import Record, Status
 from cpbench.text_table import Row, TextColumn, TextTable
-from cpbench.units import format_bytes, format_length, format_rate, format_seconds
+from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds
 
 STATUS_STYLE: dict[Status, str] = {
     "ok": "green",
@@ -110,11 +110,29 @@ def case_table(
 
 
 def record_cells(record: Record) -> list[str]:
-    """Return peak memory, step time and tokens/s/rank as text; `-` where there is none."""
+    """Return peak memory, step time and tokens/s/rank as text; `-` where there is none.
+
+    An emulated step without a modelled communication time has the measured compute alone, and says so.
+    """
+    step = format_seconds(record.step_seconds)
+    if record.step_seconds is None and record.compute_seconds is not None:
+        step = f"{format_seconds(record.compute_seconds)} compute"
     return [
         format_bytes(record.peak_allocated_bytes),
-        format_seconds(record.step_seconds),
+        step,
         format_rate(record.tokens_per_second_per_gpu),
+    ]
+
+
+_EMULATED = ("compute", "comm. modelled", "estimate error")
+
+
+def emulation_cells(record: Record) -> list[str]:
+    """Return measured compute, modelled communication, and by how much the estimate of the peak is off."""
+    return [
+        format_seconds(record.compute_seconds),
+        format_seconds(record.communication_seconds),
+        format_error(record.estimate_error),
     ]
 
 
@@ -138,6 +156,8 @@ def print_summary(records: Sequence[Record], console: Console) -> None:
     console.print(case_table(records, cells, RESULTS, names=names, width=console.width))
     for record in records:
         reasons = [without_name(record.reason, record.method)] if record.reason else []
+        if record.compute_seconds is not None:
+            reasons.append(", ".join(map(" ".join, zip(_EMULATED, emulation_cells(record), strict=True))))
         for text in (*reasons, *(f"warning: {warning}" for warning in record.warnings)):
             line = Text(f"{names.title(record)}  {record.status}: {text}")
             console.print(line, soft_wrap=not console.is_terminal)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cpbench
+from cpbench.disk import refusing_bad_disk
 from cpbench.errors import RunFolderError, UsageError
 from cpbench.estimate_pool import EstimatePool, suits
 from cpbench.expand import Plan, ResolvedCase
@@ -59,6 +60,8 @@ class Sweep:
     resume: bool = False
     nodes: Nodes = ONE_NODE
     worker: Sequence[str] = WORKER
+    pool: Callable[[], EstimatePool] = EstimatePool
+    """Makes what runs estimates at the same time."""
 
     def run(self) -> SweepResult:
         """Run every case that has no final record yet.
@@ -138,13 +141,15 @@ class Sweep:
         """Run estimates, several at a time, and yield their records as they end."""
         waiting = list(reversed(items))
         running: dict[str, tuple[ResolvedCase, str, int]] = {}
-        with EstimatePool() as pool:
+        with self.pool() as pool:
             while (waiting or running) and not interrupt.came:
                 while waiting and pool.free:
                     item = waiting.pop()
                     running[item.case.case_id] = (item, now(), host_oom_kills())
                     self.display.started(item.case)
-                    pool.start(self._job(item))
+                    job = self._job(item)
+                    with refusing_bad_disk(job.scratch):
+                        pool.start(job)
                 for job, exit in pool.wait(POLL_SECONDS):
                     item, started, kills = running.pop(job.case.case_id)
                     yield self._concluded(item, job, exit, facts | {"started": started}, kills)

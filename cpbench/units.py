@@ -113,6 +113,11 @@ def format_seconds(seconds: float | None) -> str:
     return f"{hours} h {minutes:02d} min"
 
 
+def format_error(part: float | None) -> str:
+    """Return a signed relative error in percent, for example `+0.31%`; None gives `-`."""
+    return "-" if part is None else f"{part:+.2%}"
+
+
 def format_rate(per_second: float | None) -> str:
     """Return a rate with a thousands separator and about four significant digits; None gives `-`."""
     if per_second is None:

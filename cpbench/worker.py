@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from pydantic import BaseModel
 
 from cpbench.case import Case
-from cpbench.errors import CpbenchError, Unsupported
+from cpbench.errors import CpbenchError, Uncountable, Unsupported
 from cpbench.record import RankFailure, Status, write_text_atomically
 
 
@@ -86,6 +86,8 @@ def classify(error: BaseException) -> tuple[Status, str]:
     name = type(error).__name__
     if isinstance(error, Unsupported):
         return "unsupported", str(error)
+    if isinstance(error, Uncountable):
+        return "invalid", str(error)
     if isinstance(error, CpbenchError):
         return "error", str(error)
     if name == "OutOfMemoryError":  # torch.OutOfMemoryError, without importing torch for it

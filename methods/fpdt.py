@@ -37,14 +37,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from math import isqrt
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpbench.case import Case
 from cpbench.errors import Unsupported, UsageError
-from cpbench.method import AttentionWeights, Costs, Layout
+from cpbench.method import ATTENTION_WEIGHTS, AttentionWeights, Costs, Layout
 from cpbench.runtime.collectives import all_to_all_heads, all_to_all_sequence
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.costs import HeadBytes, sent
@@ -52,9 +52,8 @@ from cpbench.runtime.host_pool import HostPool, Stored
 from cpbench.runtime.kernels import scratch_of, select_kernels
 from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replicas
 from cpbench.runtime.memo import Memo
-from cpbench.runtime.projection import HeadNorm, project, project_backward
+from cpbench.runtime.projection import Projection, Which, project, project_backward
 from cpbench.runtime.recorder import Recorder
-from cpbench.runtime.rope import Rope
 from cpbench.runtime.tiles import growing_rows, tiles
 
 _TILE_ELEMENTS = 2**20  # rows of a merge tile are chosen so that its float32 temporary stays at 4 MiB
@@ -108,9 +107,8 @@ class Fpdt:
 
     def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
         """Attention chunk by chunk; see `cpbench.method.Method.attention`."""
-        w = weights
         keeps = torch.is_grad_enabled() if ctx.memo is None else ctx.memo.recomputing
-        return _Block.apply(x, w.wq, w.wk, w.wv, w.wo, w.q_norm, w.k_norm, ctx, keeps)  # type: ignore[no-any-return]
+        return _Block.apply(x, ctx, keeps, *weights.tensors())  # type: ignore[no-any-return]
 
     def costs(self, case: Case) -> Costs:
         """Closed forms for C ranks, N chunks; M, K' the bytes of all query heads and all KV copies of n = s/C tokens.
@@ -200,7 +198,6 @@ def _either(numbers: Iterable[int]) -> str:
     return " or ".join(str(n) for n in numbers)
 
 
-Which = Literal["q", "k", "v"]
 KeyValue = tuple[Stored, Stored]
 
 
@@ -211,24 +208,20 @@ class _Block(torch.autograd.Function):
     def forward(
         node: Any,  # noqa: ANN401 - autograd's context has no public type
         x: Tensor,
-        wq: Tensor,
-        wk: Tensor,
-        wv: Tensor,
-        wo: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
         ctx: AttentionContext,
         keeps: bool,
+        *tensors: Tensor | None,
     ) -> Tensor:
         memo = ctx.memo or Memo(ctx.host)
-        block = _Chunks(x, AttentionWeights(wq, wk, wv, wo, q_norm, k_norm), ctx)
-        y = x.new_empty((*x.shape[:2], wo.shape[0]))
+        weights = AttentionWeights.of(tensors)
+        block = _Chunks(x, weights, ctx)
+        y = x.new_empty((*x.shape[:2], weights.wo.shape[0]))
         if _name("out", (0, 0)) in memo:
             _forward_from_memo(block, memo, y)
             node.projected = []
         else:
             node.projected = _forward(block, memo, y, keeps=keeps)
-        node.save_for_backward(x, wq, wk, wv, wo, q_norm, k_norm)
+        node.save_for_backward(x, *tensors)
         node.memo, node.ctx = memo, ctx
         return y
 
@@ -240,12 +233,12 @@ class _Block(torch.autograd.Function):
         memo, node.memo, node.projected = node.memo, None, None
         dx = torch.empty_like(x)
         ctx.recorder.mark("attention_input_gradient", dx)
-        sums = {name: _Sum(ctx.recorder) for name in ("wq", "wk", "wv", "wo", "q_norm", "k_norm")}
-        block = _Chunks(x, AttentionWeights(*tensors), ctx)
+        sums = {name: _Sum(ctx.recorder) for name in ATTENTION_WEIGHTS}
+        block = _Chunks(x, AttentionWeights.of(tensors), ctx)
         for sequence in range(x.shape[0]):
             waiting = projected[sequence] if projected else _Projected()
             _Backward(block, memo, grads[0], dx, sums, sequence, waiting).run()
-        return dx, *(total.take(x.dtype) for total in sums.values()), None, None
+        return dx, None, None, *(total.take(x.dtype) for total in sums.values())
 
 
 @dataclass(slots=True)
@@ -345,9 +338,8 @@ class _Chunks:
         return q, k, v
 
     def _heads(self, which: Which, place: Place) -> Tensor:
-        weight, norm, rope = self.parts(which, place)
         head_dim = self.ctx.case.architecture.head_dim
-        t = [project(self.part(self.x, place), weight, head_dim, norm=norm, rope=rope)]
+        t = [project(self.part(self.x, place), self.projection(which, place), head_dim)]
         if which != "q":
             t.append(replicate_heads(t.pop(), self.copies))
         return all_to_all_heads(t.pop(), self.ctx.ulysses, self.ctx.recorder)
@@ -356,13 +348,12 @@ class _Chunks:
         """Write one chunk of y from its attention output `[1, T/C, h, e]`."""
         torch.mm(out.flatten(2)[0], self.weights.wo.t(), out=self.part(y, place)[0])
 
-    def parts(self, which: Which, place: Place) -> tuple[Tensor, HeadNorm | None, Rope | None]:
-        """Return weight, norm and rotation of one of a chunk's projections."""
-        w, (q_norm, k_norm) = self.weights, self.ctx.head_norms(self.weights)
-        if which == "v":
-            return w.wv, None, None
-        rope = replace(self.ctx.rope, segments=self.ctx.rope.segments[place[1] : place[1] + 1])
-        return (w.wq, q_norm, rope) if which == "q" else (w.wk, k_norm, rope)
+    def projection(self, which: Which, place: Place) -> Projection:
+        """Return one of a chunk's projections."""
+        whole = self.ctx.projections(self.weights)[which]
+        if whole.rope is None:
+            return whole
+        return replace(whole, rope=replace(whole.rope, segments=whole.rope.segments[place[1] : place[1] + 1]))
 
     @property
     def copies(self) -> int:
@@ -546,12 +537,11 @@ class _Backward:
         grad = all_to_all_sequence(grad, block.ctx.ulysses, block.ctx.recorder)
         if which != "q":
             grad = sum_replicas(grad, block.copies)
-        weight, norm, rope = block.parts(which, place)
         x, dx = block.part(block.x, place), block.part(self.dx, place)
-        dw, dnorm = project_backward(grad, x, weight, dx, norm=norm, rope=rope, first=first)
-        self.weights["w" + which].add(dw)
-        if dnorm is not None:
-            self.weights[which + "_norm"].add(dnorm)
+        d = project_backward(grad, x, block.projection(which, place), dx, first=first)
+        for name, part in d.named(which).items():
+            if part is not None:
+                self.weights[name].add(part)
 
 
 def _merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

@@ -33,7 +33,7 @@ so a pretrained checkpoint gives the same function.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from torch import Tensor
 
 from cpbench.case import Case
 from cpbench.errors import Unsupported, UsageError
-from cpbench.method import AttentionWeights, Costs, Layout, hybrid_segments
+from cpbench.method import ATTENTION_WEIGHTS, AttentionWeights, Costs, Layout, hybrid_segments
 from cpbench.model_config import ModelConfig
 from cpbench.runtime.collectives import (
     HeadsPending,
@@ -53,7 +53,7 @@ from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.costs import HeadBytes, sent
 from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replicas
 from cpbench.runtime.parts import Parts, Place
-from cpbench.runtime.projection import HeadNorm, head_gradient, project
+from cpbench.runtime.projection import Projection, ProjectionGradients, Which, head_gradient, project
 from cpbench.runtime.ring_attention import RingAttention
 from cpbench.runtime.ring_costs import RingShape
 
@@ -133,12 +133,11 @@ class UPipe:
     def attention(self, x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Tensor:
         """Attention stage by stage; see `cpbench.method.Method.attention`."""
         stages = Stages.of(ctx.case.architecture, ctx.ulysses.size, self.stage_heads or ctx.ulysses.size)
-        w = weights
         if self.published:
-            out: Tensor = _Published.apply(x, w.wq, w.wk, w.wv, w.q_norm, w.k_norm, ctx, stages)
-            return torch.matmul(out.flatten(2), w.wo.t())
+            out: Tensor = _Published.apply(x, ctx, stages, *weights.tensors())
+            return torch.matmul(out.flatten(2), weights.wo.t())
         plan = _Plan(stages, self._keep(ctx.case), self.overlap)
-        return _Fused.apply(x, w.wq, w.wk, w.wv, w.wo, w.q_norm, w.k_norm, ctx, plan)  # type: ignore[no-any-return]
+        return _Fused.apply(x, ctx, plan, *weights.tensors())  # type: ignore[no-any-return]
 
     def _keep(self, case: Case) -> str:
         """Return where stage outputs wait."""
@@ -238,7 +237,7 @@ VERIFY_OPTIONS = (
     {"published": True},
     {"published": True, "ring_degree": 2},
 )
-PLAN_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4}, {"overlap": True})
+PLAN_OPTIONS = ({"ring_degree": 2}, {"ring_degree": 4}, {"overlap": True}, {"keep_output": "device"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,16 +364,11 @@ class _Fused(torch.autograd.Function):
     def forward(
         node: Any,  # noqa: ANN401 - autograd's context has no public type
         x: Tensor,
-        wq: Tensor,
-        wk: Tensor,
-        wv: Tensor,
-        wo: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
         ctx: AttentionContext,
         plan: _Plan,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        block = _StageBlock(x, AttentionWeights(wq, wk, wv, wo, q_norm, k_norm), ctx, plan.stages)
+        block = _StageBlock(x, AttentionWeights.of(tensors), ctx, plan.stages)
         schedule = plan.stages.schedule()
         inputs = _Inputs(block, schedule, overlap=plan.overlap)
         kept = _StageOutputs(ctx, plan.keep)
@@ -385,7 +379,7 @@ class _Fused(torch.autograd.Function):
         y = torch.empty_like(x)
         kept.outputs.project(block.output_weight(schedule), y)
         kept.forward_done()
-        node.save_for_backward(x, wq, wk, wv, wo, q_norm, k_norm)
+        node.save_for_backward(x, *tensors)
         node.kept, node.ctx, node.plan = kept, ctx, plan
         return y
 
@@ -397,7 +391,7 @@ class _Fused(torch.autograd.Function):
         plan: _Plan = node.plan
         kept: _StageOutputs = node.kept
         node.kept = None
-        block = _StageBlock(x, AttentionWeights(*tensors), ctx, plan.stages)
+        block = _StageBlock(x, AttentionWeights.of(tensors), ctx, plan.stages)
         schedule = plan.stages.schedule()
         inputs = _Inputs(block, schedule, overlap=plan.overlap)
         sums = block.gradients()
@@ -425,20 +419,19 @@ class _Fused(torch.autograd.Function):
             dv = stage_dv if dv is None else dv.add_(stage_dv)
             del stage_dk, stage_dv
             inputs.release(index)
-            parts.put(block.take_queries(sums, dq, stage))
+            parts.put(block.take("q", sums, dq, stage))
             del dq
             if stage.last:
                 # Handed over in a list, so that no local of ours holds them while they are sent.
                 handed = [dv, dk]
                 dk = dv = None
-                parts.put(block.take_keys(sums, handed.pop(), stage))
-                parts.put(block.take_values(sums, handed.pop(), stage))
+                parts.put(block.take("k", sums, handed.pop(), stage))
+                parts.put(block.take("v", sums, handed.pop(), stage))
         dx = torch.empty_like(x)
         ctx.recorder.mark("attention_input_gradient", dx)
         parts.project(block.input_weight(schedule), dx)
         parts.drop()
-        s = sums
-        return dx, s.dwq, s.dwk, s.dwv, dwo, s.dq_norm, s.dk_norm, None, None
+        return dx, None, None, *_in_order(sums, dwo)
 
 
 def _attend(block: _StageBlock, inputs: _Inputs, index: int) -> list[Tensor]:
@@ -471,8 +464,8 @@ class _Inputs:
         if stage.first:
             started = self._started_kv.pop(index, None)
             if started is None:
-                v = self._block.start_values(stage.group).wait()
-                self._kv = self._block.start_keys(stage.group).wait(), v
+                v = self._block.start("v", stage).wait()
+                self._kv = self._block.start("k", stage).wait(), v
             else:
                 self._kv = started[0].wait(), started[1].wait()
         if self._kv is None:
@@ -482,7 +475,7 @@ class _Inputs:
     def queries(self, index: int) -> Tensor:
         """Return q of a stage; the caller owns it."""
         started = self._started_q.pop(index, None)
-        return (started or self._start_queries(index)).wait()
+        return (started or self._block.start("q", self._schedule[index])).wait()
 
     def start(self, index: int) -> None:
         """Start the projections and exchanges of a stage, if they overlap and there is such a stage."""
@@ -490,17 +483,14 @@ class _Inputs:
             return
         stage = self._schedule[index]
         if stage.first:
-            v = self._block.start_values(stage.group)
-            self._started_kv[index] = self._block.start_keys(stage.group), v
-        self._started_q[index] = self._start_queries(index)
+            v = self._block.start("v", stage)
+            self._started_kv[index] = self._block.start("k", stage), v
+        self._started_q[index] = self._block.start("q", stage)
 
     def release(self, index: int) -> None:
         """Drop k and v after the last stage of a group."""
         if self._schedule[index].last:
             self._kv = None
-
-    def _start_queries(self, index: int) -> HeadsPending:
-        return self._block.start_queries(self._schedule[index])
 
 
 class _StageOutputs:
@@ -562,15 +552,11 @@ class _Published(torch.autograd.Function):
     def forward(
         node: Any,  # noqa: ANN401 - autograd's context has no public type
         x: Tensor,
-        wq: Tensor,
-        wk: Tensor,
-        wv: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
         ctx: AttentionContext,
         stages: Stages,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        block = _StageBlock(x, AttentionWeights(wq, wk, wv, wq, q_norm, k_norm), ctx, stages)
+        block = _StageBlock(x, AttentionWeights.of(tensors), ctx, stages)
         a = ctx.case.architecture
         out = x.new_empty((*x.shape[:2], a.num_heads, a.head_dim))
         ctx.recorder.mark("attention_full_width", out)
@@ -588,15 +574,15 @@ class _Published(torch.autograd.Function):
             local = all_to_all_sequence(handed.pop(), ctx.ulysses, ctx.recorder)
             by_copy[:, :, stage.group, stage.turn] = local.unflatten(2, (stages.group, stages.per_stage))
             del local
-        node.save_for_backward(x, wq, wk, wv, q_norm, k_norm, out)
+        node.save_for_backward(x, out, *tensors)
         node.row_sums, node.ctx, node.stages = row_sums, ctx, stages
         return out
 
     @staticmethod
     def backward(node: Any, *grads: Tensor) -> Any:  # noqa: ANN401 - autograd's context has no public type
-        x, wq, wk, wv, q_norm, k_norm, out = node.saved_tensors
+        x, out, *tensors = node.saved_tensors
         stages: Stages = node.stages
-        block = _StageBlock(x, AttentionWeights(wq, wk, wv, wq, q_norm, k_norm), node.ctx, stages)
+        block = _StageBlock(x, AttentionWeights.of(tensors), node.ctx, stages)
         sums = block.gradients()
         node.ctx.recorder.mark("attention_full_width", grads[0])
         dx = torch.zeros_like(x)
@@ -621,29 +607,30 @@ class _Published(torch.autograd.Function):
             dk = stage_dk if dk is None else dk.add_(stage_dk)
             dv = stage_dv if dv is None else dv.add_(stage_dv)
             del stage_dk, stage_dv
-            flat_dx.addmm_(block.take_queries(sums, dq, stage), block.stage_rows(stage))
+            flat_dx.addmm_(block.take("q", sums, dq, stage), block.projection("q", stage).weight)
             del dq
             if stage.last:
                 handed = [dv, dk]
                 dk = dv = None
                 flat_dx.addmm_(
-                    block.take_keys(sums, handed.pop(), stage), block.kv_rows(block.weights.wk, stage.group)
+                    block.take("k", sums, handed.pop(), stage), block.projection("k", stage).weight
                 )
                 flat_dx.addmm_(
-                    block.take_values(sums, handed.pop(), stage), block.kv_rows(block.weights.wv, stage.group)
+                    block.take("v", sums, handed.pop(), stage), block.projection("v", stage).weight
                 )
-        return dx, sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm, None, None
+        return dx, None, None, *_in_order(sums, None)  # wo is the caller's
 
 
-@dataclass(slots=True)
-class _Gradients:
-    """Weight gradients, filled in stage by stage."""
+_Gradients = dict[Which, ProjectionGradients]
+"""Gradients of the parameters of q, k and v, filled in stage by stage."""
 
-    dwq: Tensor
-    dwk: Tensor
-    dwv: Tensor
-    dq_norm: Tensor | None
-    dk_norm: Tensor | None
+
+def _in_order(sums: _Gradients, dwo: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the weights."""
+    named = {"wo": dwo}
+    for which, gradients in sums.items():
+        named |= gradients.named(which)
+    return tuple(named[name] for name in ATTENTION_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -659,23 +646,15 @@ class _StageBlock:
     def ring(self) -> RingAttention:
         return RingAttention(self.ctx.kernels, self.ctx.ring, self.ctx.scale, zigzag=True)
 
-    def start_values(self, group: slice) -> HeadsPending:
-        """V of a group on its way into head layout, `[b, s/R, G/C, e]`."""
-        return start_all_to_all_heads(self._values(group), self.ctx.ulysses, self.ctx.recorder)
-
-    def start_keys(self, group: slice) -> HeadsPending:
-        """K of a group on its way into head layout, `[b, s/R, G/C, e]`."""
-        return start_all_to_all_heads(self._keys(group), self.ctx.ulysses, self.ctx.recorder)
-
-    def start_queries(self, stage: Stage) -> HeadsPending:
-        """Queries of a stage on their way into head layout, `[b, s/R, U/C, e]`."""
-        return start_all_to_all_heads(self._queries(stage), self.ctx.ulysses, self.ctx.recorder)
+    def start(self, which: Which, stage: Stage) -> HeadsPending:
+        """Q of a stage `[b, s/R, U/C, e]`, or k or v of its group `[b, s/R, G/C, e]`, on its way into head layout."""
+        return start_all_to_all_heads(self._heads(which, stage), self.ctx.ulysses, self.ctx.recorder)
 
     def together(self, stage: Stage, kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k, v of a stage in head layout, all projected before the first is sent; K/V only if not given."""
-        sources = [self._queries(stage)]
+        sources = [self._heads("q", stage)]
         if kv is None:
-            sources += [self._keys(stage.group), self._values(stage.group)]
+            sources += [self._heads("k", stage), self._heads("v", stage)]
         # The sources are held until the last is sent, as published.
         sent = [all_to_all_heads(t, self.ctx.ulysses, self.ctx.recorder) for t in sources]
         if kv is None:
@@ -690,9 +669,9 @@ class _StageBlock:
         """Rows of wq, wk and wv in the order in which the backward makes dq, dk and dv, a copy."""
         rows: list[Tensor] = []
         for stage in schedule:
-            rows.append(self.stage_rows(stage))
+            rows.append(self.projection("q", stage).weight)
             if stage.last:
-                rows += [self.kv_rows(w, stage.group) for w in (self.weights.wk, self.weights.wv)]
+                rows += [self.projection("k", stage).weight, self.projection("v", stage).weight]
         return torch.cat(rows)
 
     def output_gradient(self, dy: Tensor, stage: Stage) -> Tensor:
@@ -707,73 +686,69 @@ class _StageBlock:
         self._by_heads(dwo)[:, stage.group, stage.turn] = dw.view(dw.shape[0], group, turn, -1)
 
     def gradients(self) -> _Gradients:
-        """Buffers for the weight gradients."""
-        w = self.weights
-        sums = _Gradients(
-            torch.empty_like(w.wq),
-            torch.empty_like(w.wk),
-            torch.empty_like(w.wv),
-            None if w.q_norm is None else torch.zeros_like(w.q_norm, dtype=torch.float32),
-            None if w.k_norm is None else torch.zeros_like(w.k_norm, dtype=torch.float32),
-        )
-        self.ctx.recorder.mark("weight_gradient", sums.dwq, sums.dwk, sums.dwv, sums.dq_norm, sums.dk_norm)
+        """Buffers for the gradients of the parameters of q, k and v."""
+        sums: _Gradients = {}
+        for which, p in self.ctx.projections(self.weights).items():
+            made = ProjectionGradients(
+                torch.empty_like(p.weight),
+                None if p.bias is None else torch.empty_like(p.bias),
+                None if p.norm is None else torch.zeros_like(p.norm.weight, dtype=torch.float32),
+            )
+            self.ctx.recorder.mark("weight_gradient", *made.named(which).values())
+            sums[which] = made
         return sums
 
-    def take_queries(self, sums: _Gradients, dq: Tensor, stage: Stage) -> Tensor:
-        """Turn a stage's dq into weight gradients; return what of it goes to dx, `[b*n, U*e]`."""
-        weight = self.stage_rows(stage)
-        grad, dw, dnorm = self._back(dq, weight, self._norms()[0], 1, rotated=True)
-        self._q_rows(sums.dwq)[stage.group, stage.turn] = dw.view(
-            self.stages.group, self.stages.per_stage, -1, dw.shape[-1]
+    def take(self, which: Which, sums: _Gradients, grad: Tensor, stage: Stage) -> Tensor:
+        """Turn dq of a stage, or dk or dv of its group, into gradients of parameters.
+
+        Args:
+            which: of the three.
+            sums: buffers for the gradients.
+            grad: in head layout.
+            stage: a group's last, for k and v.
+
+        Returns:
+            What of it goes to dx, `[b*n, U*e]`, or `[b*n, (G/copies)*e]`.
+        """
+        projection, into = self.projection(which, stage), sums[which]
+        local = all_to_all_sequence(grad, self.ctx.ulysses, self.ctx.recorder)
+        local = sum_replicas(local, self._copies(which))
+        flat, dbias, dnorm = head_gradient(local, self.x, projection)
+        dw = flat.t() @ self.x.flatten(0, 1)
+        for whole, part in ((into.weight, dw), (into.bias, dbias)):
+            if whole is not None and part is not None:
+                rows = self._rows(which, whole, stage)
+                rows.copy_(part.view(rows.shape))
+        if into.norm is not None and dnorm is not None:
+            into.norm.add_(dnorm)
+        return flat
+
+    def projection(self, which: Which, stage: Stage) -> Projection:
+        """What makes q of a stage (a copy of its rows), or k or v of its group."""
+        whole = self.ctx.projections(self.weights)[which]
+        bias = whole.bias
+        return replace(
+            whole,
+            weight=self._rows(which, whole.weight, stage).reshape(-1, self.x.shape[-1]),
+            bias=None if bias is None else self._rows(which, bias, stage).reshape(-1),
         )
-        if sums.dq_norm is not None and dnorm is not None:
-            sums.dq_norm += dnorm
-        return grad
 
-    def take_keys(self, sums: _Gradients, dk: Tensor, stage: Stage) -> Tensor:
-        """The same for dk of a group."""
-        rows, norm = self.kv_rows(self.weights.wk, stage.group), self._norms()[1]
-        grad, dw, dnorm = self._back(dk, rows, norm, self.stages.copies, rotated=True)
-        self.kv_rows(sums.dwk, stage.group).copy_(dw)
-        if sums.dk_norm is not None and dnorm is not None:
-            sums.dk_norm += dnorm
-        return grad
+    def _heads(self, which: Which, stage: Stage) -> Tensor:
+        """Q of a stage, or k or v of its group, `[b, n, U or G, e]`."""
+        t = project(self.x, self.projection(which, stage), self.ctx.case.architecture.head_dim)
+        return replicate_heads(t, self._copies(which))
 
-    def take_values(self, sums: _Gradients, dv: Tensor, stage: Stage) -> Tensor:
-        """The same for dv of a group."""
-        rows = self.kv_rows(self.weights.wv, stage.group)
-        grad, dw, _ = self._back(dv, rows, None, self.stages.copies, rotated=False)
-        self.kv_rows(sums.dwv, stage.group).copy_(dw)
-        return grad
+    def _copies(self, which: Which) -> int:
+        return 1 if which == "q" else self.stages.copies
 
-    def _back(
-        self, grad: Tensor, weight: Tensor, norm: HeadNorm | None, copies: int, *, rotated: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(gradient of the projection's output, of its weight, of the norm's weight) from head layout."""
-        handed = [grad]
-        del grad
-        local = all_to_all_sequence(handed.pop(), self.ctx.ulysses, self.ctx.recorder)
-        local = sum_replicas(local, copies)
-        rope = self.ctx.rope if rotated else None
-        flat, dnorm = head_gradient(local, self.x, weight, norm=norm, rope=rope)
-        return flat, flat.t() @ self.x.flatten(0, 1), dnorm
-
-    def _values(self, group: slice) -> Tensor:
-        e = self.ctx.case.architecture.head_dim
-        return replicate_heads(project(self.x, self.kv_rows(self.weights.wv, group), e), self.stages.copies)
-
-    def _keys(self, group: slice) -> Tensor:
-        e, norm = self.ctx.case.architecture.head_dim, self._norms()[1]
-        k = project(self.x, self.kv_rows(self.weights.wk, group), e, norm=norm, rope=self.ctx.rope)
-        return replicate_heads(k, self.stages.copies)
-
-    def _queries(self, stage: Stage) -> Tensor:
-        e, norm = self.ctx.case.architecture.head_dim, self._norms()[0]
-        return project(self.x, self.stage_rows(stage), e, norm=norm, rope=self.ctx.rope)
-
-    def stage_rows(self, stage: Stage) -> Tensor:
-        """Rows of wq of a stage, `[U*e, d]`, a copy."""
-        return self._q_rows(self.weights.wq)[stage.group, stage.turn].reshape(-1, self.x.shape[-1])
+    def _rows(self, which: Which, parameter: Tensor, stage: Stage) -> Tensor:
+        """View what of a weight or bias makes q of a stage, `[G, t, e, ...]`, or k or v of its group, `[k, e, ...]`."""
+        s = self.stages
+        if which == "q":
+            by_head: Tensor = parameter.unflatten(0, (s.num_kv_heads, s.ratio, -1))
+            return by_head[stage.group, stage.turn]
+        originals: Tensor = parameter.unflatten(0, (s.num_kv_heads // s.copies, -1))
+        return originals[s.originals(stage.group)]
 
     def _o_columns(self, stage: Stage) -> Tensor:
         """Columns of wo of a stage, `[d, U*e]`, a copy."""
@@ -783,15 +758,3 @@ class _StageBlock:
     def _by_heads(self, weight: Tensor) -> Tensor:
         """View `[d, h*e]` as `[d, KV copy, query head of the copy, e]`."""
         return weight.view(weight.shape[0], self.stages.num_kv_heads, self.stages.ratio, -1)
-
-    def _norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
-        return self.ctx.head_norms(self.weights)
-
-    def _q_rows(self, weight: Tensor) -> Tensor:
-        """View `[h*e, d]` as `[KV copy, query head of the copy, e, d]`."""
-        return weight.view(self.stages.num_kv_heads, self.stages.ratio, -1, weight.shape[-1])
-
-    def kv_rows(self, weight: Tensor, group: slice) -> Tensor:
-        """View the rows `[(G/copies)*e, d]` of a group's KV heads."""
-        e, heads = self.ctx.case.architecture.head_dim, self.stages.originals(group)
-        return weight[heads.start * e : heads.stop * e]

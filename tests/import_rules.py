@@ -24,12 +24,12 @@ NOUNS = """
     durations plain_words
 """
 ORCHESTRATOR = """
-    __main__ cli.* report.* bracket disk doctor estimate_pool estimator expand explain folders gpu_checks interrupt
+    __main__ cli.* report.* bracket disk doctor estimate_pool estimates expand explain folders gpu_checks interrupt
     launch mode outcome plan planned_run progress provenance published recommendation run_folder slurm summary
     supervise sweep text_table verify
 """
 MEASURED = """
-    worker verify_worker explain_worker estimate_server estimate_worker resolve probe parity.* block_count block_log
+    worker verify_worker explain_worker estimate_server plan_worker resolve probe parity.* block_count block_log
     block_names block_recorder train optimizer world.* model.* memory.* timing.* runtime.*
 """
 

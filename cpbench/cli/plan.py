@@ -17,10 +17,10 @@ from cpbench.cli import flags
 from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question
 from cpbench.disk import refusing_bad_disk, require_writable
 from cpbench.errors import without_name
-from cpbench.estimator import Estimator
-from cpbench.hardware import Hardware, load_hardware
+from cpbench.estimates import PooledEstimates
+from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES, Hardware, load_hardware, nodes_of
 from cpbench.model_config import load_model
-from cpbench.plan import nodes_of, plan_context
+from cpbench.plan import plan_context
 from cpbench.planned_run import duration_words, scenario_text, sweep_command, torchrun_line
 from cpbench.report.plan_picture import write_plan_picture
 from cpbench.text_table import Row, TextColumn, TextTable
@@ -123,7 +123,7 @@ def plan(
         return
     console = Console()
     _print(console, found)
-    files = _Files(out, model, plugins)
+    files = _Files(out, model, host_ram, plugins)
     with refusing_bad_disk(out, flag="--out"):
         _print_recommendation(console, found, files)
         picture = write_plan_picture(found, out / "plan.png")
@@ -142,10 +142,10 @@ def _methods(asked: Sequence[str], plugins: Sequence[Path]) -> tuple[str, ...]:
 def _found(question: Question, profile: Hardware, plugins: Sequence[Path]) -> ContextPlan:
     """The answer; what is done shows on standard error."""
     errors = Console(stderr=True)
-    with Estimator(plugins) as estimator:
+    with PooledEstimates(plugins) as estimates:
 
         def search(said: Callable[[str], None]) -> ContextPlan:
-            return plan_context(question, profile, estimator, plugins=plugins, said=said)
+            return plan_context(question, profile, estimates, plugins=plugins, said=said)
 
         if not errors.is_terminal:
             return search(lambda words: errors.print(Text(words), soft_wrap=True))
@@ -161,7 +161,7 @@ def _found(question: Question, profile: Hardware, plugins: Sequence[Path]) -> Co
 
 def _print(console: Console, found: ContextPlan) -> None:
     q = found.question
-    uncertainty = _uncertainty(found)
+    uncertainty, margin = _uncertainty(found), load_hardware(q.hardware).margin
     console.print(
         Text(
             f"\nLongest context of {q.model} on {q.hardware}, {format_bytes(q.host_memory_bytes)} host memory a node, "
@@ -184,7 +184,10 @@ def _print(console: Console, found: ContextPlan) -> None:
             console.print(_asked_table(plans))
     console.print(
         Text(
-            "device: what a rank needs, with a margin of 3 %, context and communicators"
+            f"device: what a rank needs, with a margin of {margin:.0%}, context, communicators and segments; "
+            f"host: what a node needs, with {HOST_MARGIN:.0%} of its memory for the system and "
+            f"{format_bytes(HOST_PROCESS_BYTES)} for "
+            "each rank's process"
             + (
                 f"; step and tokens/s (a rank) are modelled, to {uncertainty:.0%}"
                 if uncertainty
@@ -279,9 +282,10 @@ def _uncertainty(found: ContextPlan) -> float | None:
 class _Files:
     """What the recommendation needs to name or write."""
 
-    def __init__(self, out: Path, model: str, plugins: Sequence[Path]) -> None:
+    def __init__(self, out: Path, model: str, host_ram: str | None, plugins: Sequence[Path]) -> None:
         self.out = out
         self.model = model
+        self.host_ram = host_ram
         self.plugins = tuple(plugins)
 
 
@@ -307,13 +311,14 @@ def _print_recommendation(console: Console, found: ContextPlan, files: _Files) -
     if choice.alike:
         console.print(Text(f"no slower within the uncertainty of the time model: {', '.join(choice.alike)}"))
     console.print("\nto run it where the GPUs are:")
-    command = sweep_command(q, choice, model=files.model, plugins=files.plugins)
+    command = sweep_command(q, choice, model=files.model, host_ram=files.host_ram, plugins=files.plugins)
     console.print(Text(f"  {shlex.join(command)}"), soft_wrap=True)
     console.print(Text(duration_words(choice)))
     console.print("it launches, on each node:")
     console.print(Text(f"  {torchrun_line(choice)}"), soft_wrap=True)
     path = files.out / "recommended.toml"
-    path.write_text(scenario_text(q, choice, model=files.model), encoding="utf-8")
+    text = scenario_text(q, choice, model=files.model, host_ram=files.host_ram)
+    path.write_text(text, encoding="utf-8")
     console.print(Text(f"the same as a scenario: {path}"), soft_wrap=True)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from cpbench import registry, slurm
 from cpbench.durations import too_short
 from cpbench.errors import UsageError
-from cpbench.expand import Plan, plan_sweep
+from cpbench.expand import Plan, chosen_mode, plan_sweep
 from cpbench.folders import scenario_folders
 from cpbench.hardware import load_hardware
 from cpbench.launch import Nodes
@@ -67,7 +67,7 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
     scenario = _with_flags(base, request)
     if request.slurm:
         scenario = slurm.pinned(scenario)
-    nodes = _nodes(scenario.run.nodes, request)
+    nodes = _nodes(scenario, request)
     errors = Console(stderr=True)
     waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
     with waiting:
@@ -115,11 +115,20 @@ def check_options(
             )
 
 
-def _nodes(count: int, request: SweepRequest) -> Nodes:
+def _nodes(scenario: Scenario, request: SweepRequest) -> Nodes:
+    """This machine's place among those that run ranks; a sweep without ranks runs on one, whatever it stands for."""
+    count, mode = scenario.run.nodes or 1, chosen_mode(scenario).mode
     if request.slurm:
         if request.node_rank or request.endpoint is not None:
             raise UsageError("--launcher slurm finds --node-rank and --rdzv-endpoint itself; leave them out")
         return Nodes(count=count)
+    if mode != "measure":
+        if request.node_rank:
+            raise UsageError(
+                f"--node-rank {request.node_rank}: only measured ranks are spread over machines, "
+                f"and the mode is {mode}; leave it out and start the command on one machine"
+            )
+        return Nodes()
     if request.node_rank >= count:
         raise UsageError(f"--node-rank {request.node_rank} must be below --nodes {count}")
     if count > 1 and request.endpoint is None:

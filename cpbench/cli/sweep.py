@@ -22,6 +22,7 @@ from cpbench.progress import headline, make_display
 from cpbench.run_folder import RunFolder, checked_name, default_name
 from cpbench.summary import print_cases, print_summary
 from cpbench.sweep import INCOMPLETE_EXIT, Sweep, SweepResult
+from cpbench.units import parse_bytes
 
 _MODES = ("auto", *get_args(Mode))
 _LAUNCHERS = ("local", "slurm")
@@ -167,6 +168,14 @@ def sweep(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    host_ram: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory of a node that estimates are for, like 2T or 512G. Default: the profile's.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -211,7 +220,8 @@ def sweep(
         typer.Option(
             min=1,
             metavar="N",
-            help="Machines; start the same command on each. Default: 1.",
+            help="Machines; to measure, start the same command on each. Default: 1; where no ranks run, the nodes that "
+            "they would fill.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -298,6 +308,7 @@ def sweep(
         "mode": flags.choice("--mode", mode, _MODES),
         "device": flags.choice("--device", device, get_args(Device)),
         "hardware": hardware,
+        "host_memory_bytes": None if host_ram is None else parse_bytes(host_ram),
         "rank": rank,
         "layers": layers,
         "steps": steps,

@@ -124,6 +124,14 @@ def verify(
         bool,
         typer.Option("--qk-norm", help="Norm queries and keys, as Qwen3 does.", rich_help_panel=_PANEL_SHAPE),
     ] = False,
+    attention_bias: Annotated[
+        bool,
+        typer.Option(
+            "--attention-bias",
+            help="Biases on the projections to q, k and v, as in Qwen2.",
+            rich_help_panel=_PANEL_SHAPE,
+        ),
+    ] = False,
     device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where the ranks run.")] = "cpu",
     option: Annotated[
         list[str] | None,
@@ -151,7 +159,7 @@ def verify(
     kept in host memory; causality, forward and backward; heads in another order; bytes sent, and peaks at a long
     length, against the method's closed forms; loss and gradient norm of the whole model over three optimizer steps in
     several stacks against `single`. The standard shapes have MHA, GQA, fewer KV heads than ranks, head counts that are
-    no power of two or do not divide, one and two sequences. Exit code 1 if anything fails.
+    no power of two or do not divide, one and two sequences, biases. Exit code 1 if anything fails.
     """
     from rich.console import Console
 
@@ -177,6 +185,7 @@ def verify(
     given: dict[str, object] = {name: value for name, value in shape.items() if value is not None}
     given |= {} if seqlen is None else {"seq_len": parse_length(seqlen)}
     given |= {"qk_norm": True} if qk_norm else {}
+    given |= {"attention_bias": True} if attention_bias else {}
     if sum((quick, full, bool(given))) > 1:
         raise UsageError("--quick, --full and flags of one shape exclude one another; give one of them")
     dtypes: list[Dtype] = [

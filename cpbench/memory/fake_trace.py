@@ -2,7 +2,8 @@
 
 Every operator's outputs are looked at; a storage not seen before is an allocation of its size, its end is a free, and
 FSDP's resizing of storages in place is both.  What an operator allocates *inside* is invisible here, except for the
-attention kernels, whose scratch is stated by `cpbench.runtime.kernels.scratch_bytes`.
+attention kernels and others that `cpbench.runtime.kernels.scratch_bytes` knows.  Torch's own operators are taken to
+allocate nothing of weight; any other that has not declared its scratch is named in `unknown`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,20 @@ _PLUMBING = (
     "/runtime/host_pool.py",
     "/runtime/ring_attention.py",
 )
-_KERNELS = (torch.ops.cpbench.attention_forward.default, torch.ops.cpbench.attention_backward.default)
+_TORCH = frozenset(
+    {
+        "aten",
+        "prim",
+        "prims",
+        "profiler",
+        "c10d",
+        "_c10d_functional",
+        "_c10d_functional_autograd",
+        "fsdp",
+        "_dtensor",
+    }
+)
+"""Namespaces of operators that come with torch."""
 _BETWEEN = ("__torch_dispatch__",)  # of modes around this one
 _REDUCE = ("post_backward", "foreach_reduce", "reduce_scatter")
 
@@ -66,6 +80,8 @@ class FakeTrace(TorchDispatchMode):
         self._live: dict[int, tuple[Allocation, weakref.ref[Any]]] = {}
         self._stack = ExitStack()
         self._paused = False
+        self.unknown: list[str] = []
+        """Operators whose inner memory nobody has stated."""
         self.origins: dict[int, Allocation] = {}
         """For each allocation (by `id`) that an operator over a list made: that of its counterpart in the list."""
         recorder.active, recorder.device_type, recorder.label = True, "fake", self._label
@@ -126,7 +142,12 @@ class FakeTrace(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        scratch = scratch_bytes(func, args) if func in _KERNELS else 0
+        scratch = 0
+        if func.namespace not in _TORCH:
+            known = scratch_bytes(func, args)
+            if known is None:
+                self.unknown.append(func._schema.name)
+            scratch = known or 0
         result = func(*args, **kwargs)
         self._look(result)
         if isinstance(result, tuple | list) and args and isinstance(args[0], tuple | list):

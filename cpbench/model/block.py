@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from cpbench.method import AttentionWeights, Method
+from cpbench.method import ATTENTION_WEIGHTS, AttentionWeights, Method
 from cpbench.model.tiling import (
     TiledMlp,
     TiledNorm,
@@ -36,6 +36,9 @@ from cpbench.model_config import ModelConfig
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.host_pool import HostPool, Stored
 from cpbench.runtime.memo import Memo
+
+_MLP = 1 + len(ATTENTION_WEIGHTS)
+"""Where the MLP's parameters begin among those of a block; the norm's comes first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,10 @@ class Block(nn.Module):
         if c.qk_norm:
             self.q_norm = nn.Parameter(torch.empty(c.head_dim))
             self.k_norm = nn.Parameter(torch.empty(c.head_dim))
+        if c.attention_bias:
+            self.bq = nn.Parameter(torch.empty(c.attention_dim))
+            self.bk = nn.Parameter(torch.empty(c.kv_dim))
+            self.bv = nn.Parameter(torch.empty(c.kv_dim))
         self.mlp_norm = nn.Parameter(torch.empty(c.hidden_dim))
         self.gate = nn.Parameter(torch.empty(c.ffn_dim, c.hidden_dim))
         self.up = nn.Parameter(torch.empty(c.ffn_dim, c.hidden_dim))
@@ -96,14 +103,7 @@ class Block(nn.Module):
             return TiledMlp.apply(h, self.eps, settings.tiles.mlp, *mlp)  # type: ignore[no-any-return]
 
     def _attention(self) -> tuple[Tensor | None, ...]:
-        return (
-            self.wq,
-            self.wk,
-            self.wv,
-            self.wo,
-            getattr(self, "q_norm", None),
-            getattr(self, "k_norm", None),
-        )
+        return tuple(getattr(self, name, None) for name in ATTENTION_WEIGHTS)
 
 
 class _AttentionGraph:
@@ -118,7 +118,7 @@ class _AttentionGraph:
         with torch.enable_grad(), recorder.scope(f"attention:{block.layer}"):
             x = normed.detach().requires_grad_()
             leaves = [None if w is None else w.detach().requires_grad_() for w in weights]
-            y = block.settings.method.attention(x, AttentionWeights(*leaves), ctx)  # type: ignore[arg-type]
+            y = block.settings.method.attention(x, AttentionWeights.of(leaves), ctx)
             recorder.mark("attention_output", y)
         self.output: Tensor | None = y.detach()
         self._edge = get_gradient_edge(y)
@@ -163,7 +163,7 @@ class _Checkpointed(torch.autograd.Function):
     @staticmethod
     def forward(node: Any, x: Tensor, block: Block, *weights: Tensor | None) -> Tensor:  # noqa: ANN401
         settings, recorder = block.settings, block.settings.ctx.recorder
-        norm, attention, mlp = weights[0], weights[1:7], weights[7:]
+        norm, attention, mlp = weights[0], weights[1:_MLP], weights[_MLP:]
         if settings.inputs is None:
             node.kept = x
         else:
@@ -176,7 +176,7 @@ class _Checkpointed(torch.autograd.Function):
         with recorder.scope("norm"):
             normed = norm_tiled(x, norm, block.eps, settings.tiles.norm)  # type: ignore[arg-type]
         with recorder.scope(f"attention:{block.layer}"):
-            h = settings.method.attention(normed, AttentionWeights(*attention), ctx)  # type: ignore[arg-type]
+            h = settings.method.attention(normed, AttentionWeights.of(attention), ctx)
             recorder.mark("attention_output", h)
         del normed
         h += x
@@ -188,7 +188,7 @@ class _Checkpointed(torch.autograd.Function):
         block: Block = node.block
         settings, recorder = block.settings, block.settings.ctx.recorder
         weights, node.weights = node.weights, None
-        norm, attention, mlp = weights[0], weights[1:7], weights[7:]
+        norm, attention, mlp = weights[0], weights[1:_MLP], weights[_MLP:]
         # The only consumer of this block's output was the next block, so its gradient is ours to overwrite.
         (dh,) = grads
         kept, node.kept = node.kept, None

@@ -66,7 +66,9 @@ def tokens_at(
 
 
 def initialise(model: nn.Module, *, seed: int, num_layers: int) -> None:
-    """Fill the parameters: norms with ones, matrices uniform with standard deviation 0.02 (GPT-2's).
+    """Fill the parameters: norms with ones, matrices and biases uniform with standard deviation 0.02 (GPT-2's).
+
+    Biases usually begin at zero; here they do not, so that one that is forgotten changes the loss.
 
     Output projections of the residual stream (`wo`, `down`) are scaled by 1/sqrt(2 L), as in GPT-2.  Each rank fills
     its own shard (FSDP2 shards the first dimension).

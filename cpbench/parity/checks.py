@@ -2,8 +2,8 @@
 
 causality         tokens from a position on are changed, and no output before it may change by a bit; and of an output
                   gradient that is zero from that position on, nothing may reach an input from there on.
-permuted heads    KV heads and the query heads of each are put into another order, in all weights alike: the output
-                  stays, and the gradients are in the new order.
+permuted heads    KV heads and the query heads of each are put into another order, in all weights and biases alike: the
+                  output stays, and the gradients are in the new order.
 bytes sent        collectives of the real run, by kind, the most of any rank, equal `costs` to the byte.
 """
 
@@ -125,11 +125,12 @@ def _head_order(a: ModelConfig, seed: int) -> Tensor:
 
 
 def _permute(tensors: dict[str, Tensor], a: ModelConfig, order: Tensor, *, prefix: str) -> dict[str, Tensor]:
-    """Put the heads of weights, or of their gradients, into an order; everything else stays."""
+    """Put the heads of weights and biases, or of their gradients, into an order; everything else stays."""
     queries, keys = order.flatten(), order[:, 0] // a.gqa_ratio
     made = dict(tensors)
-    for name, heads in (("wq", queries), ("wk", keys), ("wv", keys)):
-        t = tensors[prefix + name]
-        made[prefix + name] = t.unflatten(0, (-1, a.head_dim))[heads].flatten(0, 1)
+    for which, heads in (("q", queries), ("k", keys), ("v", keys)):
+        for name in (f"{prefix}w{which}", f"{prefix}b{which}"):
+            if name in tensors:
+                made[name] = tensors[name].unflatten(0, (-1, a.head_dim))[heads].flatten(0, 1)
     made[prefix + "wo"] = tensors[prefix + "wo"].unflatten(1, (-1, a.head_dim))[:, queries].flatten(1)
     return made

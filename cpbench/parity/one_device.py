@@ -40,8 +40,10 @@ _KERNEL_LIMIT: dict[Dtype, float] = {"float32": 1e-5, "bfloat16": 2e-2}
 _KERNEL_SHAPES = ((4, 4, 64, 256, 256), (8, 2, 128, 512, 512), (8, 1, 128, 200, 200), (8, 2, 128, 256, 640))
 # heads, KV heads, head_dim, hidden, tokens
 _SHAPES = ((8, 4, 64, 256, 256), (8, 2, 128, 192, 208))
-_NOT_IN_THREADS = frozenset({"torch-ring"})
-"""It needs a device mesh, so real processes."""
+_NOT_IN_THREADS = {
+    "torch-ring": "needs a device mesh, so a process a rank, which share no device; no GPU has run it"
+}
+"""Methods that this cannot check, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,10 @@ class Finding:
     what: str
     name: str
     shape: str
-    passed: bool
+    passed: bool | None
+    """None: not run."""
     worst: str
-    """The check nearest to its limit, or what went wrong."""
+    """The check nearest to its limit, what went wrong, or why it was not run."""
 
 
 def kernel_findings(device: torch.device, dtype: Dtype) -> Iterator[Finding]:
@@ -98,23 +101,21 @@ def method_findings(device: torch.device, dtype: Dtype, names: Sequence[str] = (
                     stack=STACKS["long"],
                     device="cuda" if device.type == "cuda" else "cpu",
                 )
-                finding = _method_finding(case, device)
-                if finding is not None:
-                    yield finding
+                yield _method_finding(case, device)
 
 
-def _method_finding(requested: Case, device: torch.device) -> Finding | None:
-    if requested.method in _NOT_IN_THREADS:
-        return None
+def _method_finding(requested: Case, device: torch.device) -> Finding:
     a = requested.architecture
     options = " ".join(f"{key}={value}" for key, value in requested.options.items())
     shape = (
         f"{a.num_heads}/{a.num_kv_heads} heads x {a.head_dim}, {requested.seq_len} tokens {options}".rstrip()
     )
+    if requested.method in _NOT_IN_THREADS:
+        return Finding("method", requested.method, shape, None, _NOT_IN_THREADS[requested.method])
     try:
         case, unsupported = resolve(requested, [])
         if unsupported:
-            return None
+            return Finding("method", requested.method, shape, None, unsupported)
         found = block_checks(case, device)
     except (CpbenchError, RuntimeError, TimeoutError, NotImplementedError) as error:
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -203,12 +204,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for source in (kernel_findings(device, given.dtype), method_findings(device, given.dtype, given.method)):
         for finding in source:
             findings.append(finding)
-            verdict = "pass" if finding.passed else "FAIL"
+            verdict = {True: "pass", False: "FAIL", None: "not run"}[finding.passed]
             sys.stdout.write(f"{verdict}  {finding.what} {finding.name}  {finding.shape}  {finding.worst}\n")
             sys.stdout.flush()
             if given.out is not None:  # after each, so that a time limit loses nothing
                 given.out.write_text(json.dumps([asdict(f) for f in findings], indent=1), encoding="utf-8")
-    return 0 if findings and all(finding.passed for finding in findings) else 1
+    verdicts = {finding.passed for finding in findings}
+    return 0 if True in verdicts and False not in verdicts else 1
 
 
 if __name__ == "__main__":

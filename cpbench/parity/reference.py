@@ -31,6 +31,8 @@ def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
     }
     if a.qk_norm:
         shapes |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
+    if a.attention_bias:
+        shapes |= {"bq": (a.attention_dim,), "bk": (a.kv_dim,), "bv": (a.kv_dim,)}
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(stream_id(case.seed, f"parity/{name}") % 2**63)
@@ -39,6 +41,8 @@ def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
             t *= shape[1] ** -0.5
         elif name.endswith("norm"):
             t = 1 + 0.1 * t
+        elif name.startswith("b"):
+            t *= 0.1  # beside products of about 1; what all tokens have in common must not outweigh the rest
         made[name] = t.to(device, DTYPES[case.dtype])
     return made
 
@@ -48,8 +52,8 @@ def reference_block(case: Case, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     a = case.architecture
     leaves = {n: t.detach().float().requires_grad_() for n, t in inputs.items() if n != "dout"}
     q, k, v = (
-        functional.linear(leaves["x"], leaves[name]).unflatten(-1, (-1, a.head_dim))
-        for name in ("wq", "wk", "wv")
+        functional.linear(leaves["x"], leaves[f"w{n}"], leaves.get(f"b{n}")).unflatten(-1, (-1, a.head_dim))
+        for n in "qkv"
     )
     if a.qk_norm:
         q, k = rms_norm(q, leaves["q_norm"], a.norm_eps), rms_norm(k, leaves["k_norm"], a.norm_eps)

@@ -13,7 +13,7 @@ from cpbench.record import Record
 from cpbench.report.identity import stack_words
 from cpbench.report.palette import MODE_WORD
 from cpbench.report.series import Point, Series
-from cpbench.units import format_bytes, format_length, format_rate, format_seconds
+from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds
 
 MISSING = "-"
 _SMALL_PART = 0.01
@@ -149,6 +149,11 @@ COLUMNS: tuple[Column, ...] = (
         always=True,
     ),
     Column(
+        title="Estimate error",
+        about="Emulation: the estimate of the same case and rank against its measured peak; + is too high",
+        cell=_number("estimate_error", format_error),
+    ),
+    Column(
         title="Peak reserved",
         about="Peak bytes held by the caching allocator, largest over ranks",
         cell=_number("peak_reserved_bytes", format_bytes),
@@ -193,6 +198,11 @@ COLUMNS: tuple[Column, ...] = (
         title="Exposed copies",
         about="Estimate: time in which compute waits for copies to or from host memory, by the time model",
         cell=_modelled("exposed_copy_seconds", format_seconds),
+    ),
+    Column(
+        title="Compute",
+        about="Emulation: measured, with copies on the device in place of communication; median over timed steps",
+        cell=_number("compute_seconds", format_seconds),
     ),
     Column(
         title="Modelled comm.",

@@ -17,7 +17,7 @@ from cpbench.model_config import ModelConfig
 from cpbench.record import Record
 from cpbench.report.load import Entry
 from cpbench.report.palette import MODE_WORD
-from cpbench.units import GIB
+from cpbench.units import GIB, format_bytes
 
 Places = Mapping[Machine, str]
 
@@ -146,7 +146,9 @@ def identity_of(entry: Entry, places: Places, *, by_run: bool) -> Identity:
 
 def _place(record: Record, places: Places) -> str:
     if record.mode == "estimate":
-        return record.hardware or "an unnamed machine profile"
+        profile = record.hardware or "an unnamed machine profile"
+        host = record.host_memory_bytes
+        return profile if host is None else f"{profile} with {format_bytes(host)} of host memory"
     machine = places[record.machine] if record.machine else "an unknown machine"
     if record.device == "cpu" and not machine.startswith("cpu"):
         machine += ", CPU processes"

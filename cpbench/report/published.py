@@ -65,6 +65,10 @@ class _Pair:
         return self.record.peak_reserved_bytes or self.record.peak_allocated_bytes
 
     @property
+    def kernel(self) -> str:
+        return self.method.kernel or self.published.kernel
+
+    @property
     def memory_ratio(self) -> float | None:
         return _ratio(self.peak_bytes, self.value.peak_bytes)
 
@@ -85,8 +89,8 @@ class _Pair:
         ]
         if not same:
             found.append(f"hardware: {p.gpu}, ours {hardware}")
-        if r.attention_backend is not None and r.attention_backend != p.kernel:
-            found.append(f"kernel: {p.kernel}, ours {r.attention_backend}")
+        if r.attention_backend is not None and r.attention_backend != self.kernel:
+            found.append(f"kernel: {self.kernel}, ours {r.attention_backend}")
         if r.dtype != "bfloat16":
             found.append(f"dtype: ours {r.dtype}")
         if r.stack != STACKS.get(p.stack):
@@ -167,6 +171,7 @@ _COLUMNS = (
     Heading(title="Peak there", about="Peak of a GPU as the source has it"),
     Heading(title="Tokens/s", about="Ours, per second and rank"),
     Heading(title="Tokens/s there", about="The source's, per second and GPU"),
+    Heading(title="Kernel there", about="The source's attention kernel", numeric=False),
     Heading(
         title="Setting differs in",
         about="What is not the same, the source's first",
@@ -193,6 +198,7 @@ def _row(pair: _Pair) -> tuple[Cell, ...]:
         Cell(format_bytes(v.peak_bytes), v.peak_bytes),
         Cell(format_rate(r.tokens_per_second_per_gpu), r.tokens_per_second_per_gpu),
         Cell(format_rate(v.tokens_per_second_per_gpu), v.tokens_per_second_per_gpu),
+        Cell(pair.kernel, pair.kernel),
         Cell(differing, differing),
         Cell(name, name),
     )
@@ -230,6 +236,7 @@ def _plain(pair: _Pair) -> dict[str, str | float | int | bool | None]:
         "published_tokens_per_second_per_gpu": v.tokens_per_second_per_gpu,
         "speed_ratio": pair.speed_ratio,
         "speed_differs": _over(pair.speed_ratio),
+        "published_kernel": pair.kernel,
         "setting_differs": "; ".join(pair.differing),
         "published_method": pair.method.name,
         "arxiv": pair.published.arxiv,

@@ -26,12 +26,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from cpbench.method import AttentionWeights
+from cpbench.method import ATTENTION_WEIGHTS, AttentionWeights
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.memo import Memo
-from cpbench.runtime.projection import HeadNorm, project, project_backward
+from cpbench.runtime.projection import Which, project, project_backward
 
-Which = Literal["q", "k", "v"]
 Produce = Callable[[Which], Tensor]
 Take = Callable[[Which, Tensor], None]
 Keep = Literal["device", "host"]
@@ -104,8 +103,7 @@ def attention_block(
     Returns:
         `[b, n, d]`.
     """
-    w = weights
-    return _Block.apply(x, w.wq, w.wk, w.wv, w.wo, w.q_norm, w.k_norm, ctx, core, keep, prefetch)  # type: ignore[no-any-return]
+    return _Block.apply(x, ctx, core, keep, prefetch, *weights.tensors())  # type: ignore[no-any-return]
 
 
 _INPUTS: tuple[Which, ...] = (
@@ -120,25 +118,20 @@ class _Block(torch.autograd.Function):
     def forward(
         node: Any,  # noqa: ANN401 - autograd's context has no public type
         x: Tensor,
-        wq: Tensor,
-        wk: Tensor,
-        wv: Tensor,
-        wo: Tensor,
-        q_norm: Tensor | None,
-        k_norm: Tensor | None,
         ctx: AttentionContext,
         core: Core,
         keep: Keep,
         prefetch: bool,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        weights = AttentionWeights(wq, wk, wv, wo, q_norm, k_norm)
-        node.save_for_backward(x, wq, wk, wv, wo, q_norm, k_norm)
+        weights = AttentionWeights.of(tensors)
+        node.save_for_backward(x, *tensors)
         node.ctx, node.core, node.prefetch = ctx, core, prefetch
         memo, saved = ctx.memo, Saved()
         node.kept = saved
         if memo is not None and memo.recomputing and "out" in memo:
             saved.host = memo
-            return _recomputed(saved, wo, whole=keep == "host", prefetch=prefetch)
+            return _recomputed(saved, weights.wo, whole=keep == "host", prefetch=prefetch)
         if keep == "host" and memo is None:
             memo = Memo(ctx.host)
         leaving = memo is not None and not memo.recomputing  # nothing stays on the device
@@ -155,7 +148,7 @@ class _Block(torch.autograd.Function):
         core.output(saved)
         if to_host is not None:
             to_host.put("out", saved["out"])
-        y = saved["out"].flatten(2) @ wo.t()
+        y = saved["out"].flatten(2) @ weights.wo.t()
         if leaving:
             saved.pop("out")
             saved.host = to_host
@@ -165,14 +158,14 @@ class _Block(torch.autograd.Function):
     def backward(node: Any, *grads: Tensor) -> Any:  # noqa: ANN401 - autograd's context has no public type
         (dy,) = grads
         x, *tensors = node.saved_tensors
-        weights = AttentionWeights(*tensors)
+        weights = AttentionWeights.of(tensors)
         ctx: AttentionContext = node.ctx
         saved: Saved = node.kept
         node.kept = None
         if node.prefetch:
             _prefetch(saved, ("out", *_INPUTS, "lse"))
         head_dim = ctx.case.architecture.head_dim
-        parts = _parts(weights, ctx)
+        projections = ctx.projections(weights)
         dwo = dy.flatten(0, 1).t() @ saved["out"].flatten(2).flatten(0, 1)
         ctx.recorder.mark("weight_gradient", dwo)
         dx = torch.empty_like(x)
@@ -182,15 +175,13 @@ class _Block(torch.autograd.Function):
         found: dict[str, Tensor | None] = {}
 
         def take(which: Which, grad: Tensor) -> None:
-            weight, norm = parts[which]
-            rope = None if which == "v" else ctx.rope
-            dw, dnorm = project_backward(grad, x, weight, dx, norm=norm, rope=rope, first=not found)
-            ctx.recorder.mark("weight_gradient", dw, dnorm)
-            found[which], found[which + "_norm"] = dw, dnorm
+            d = project_backward(grad, x, projections[which], dx, first=not found)
+            ctx.recorder.mark("weight_gradient", d.weight, d.bias, d.norm)
+            found.update(d.named(which))
 
         node.core.backward(saved, lambda: (dy @ weights.wo).unflatten(-1, (-1, head_dim)), take)
-        d = found
-        return dx, d["q"], d["k"], d["v"], dwo, d["q_norm"], d["k_norm"], None, None, None, None
+        found["wo"] = dwo
+        return dx, None, None, None, None, *(found[name] for name in ATTENTION_WEIGHTS)
 
 
 def _recomputed(saved: Saved, wo: Tensor, *, whole: bool, prefetch: bool) -> Tensor:
@@ -219,16 +210,10 @@ def _prefetch(saved: Saved, names: tuple[str, ...]) -> None:
 
 
 def _producer(x: Tensor, weights: AttentionWeights, ctx: AttentionContext) -> Produce:
-    parts = _parts(weights, ctx)
+    projections = ctx.projections(weights)
     head_dim = ctx.case.architecture.head_dim
 
     def produce(which: Which) -> Tensor:
-        weight, norm = parts[which]
-        return project(x, weight, head_dim, norm=norm, rope=None if which == "v" else ctx.rope)
+        return project(x, projections[which], head_dim)
 
     return produce
-
-
-def _parts(weights: AttentionWeights, ctx: AttentionContext) -> dict[str, tuple[Tensor, HeadNorm | None]]:
-    q_norm, k_norm = ctx.head_norms(weights)
-    return {"q": (weights.wq, q_norm), "k": (weights.wk, k_norm), "v": (weights.wv, None)}

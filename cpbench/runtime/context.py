@@ -10,7 +10,7 @@ from cpbench.runtime.collectives import Group
 from cpbench.runtime.host_pool import HostPool
 from cpbench.runtime.kernels import Kernels
 from cpbench.runtime.memo import Memo
-from cpbench.runtime.projection import HeadNorm
+from cpbench.runtime.projection import HeadNorm, Projection, Which
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
 
@@ -40,10 +40,13 @@ class AttentionContext:
         """Softmax scale, 1 / sqrt(head_dim)."""
         return float(self.case.architecture.head_dim**-0.5)
 
-    def head_norms(self, weights: AttentionWeights) -> tuple[HeadNorm | None, HeadNorm | None]:
-        """Return the norms of queries and keys, or None where the model has none."""
-        eps = self.case.architecture.norm_eps
-        return (
-            None if weights.q_norm is None else HeadNorm(weights.q_norm, eps),
-            None if weights.k_norm is None else HeadNorm(weights.k_norm, eps),
-        )
+    def projections(self, weights: AttentionWeights) -> dict[Which, Projection]:
+        """Return what makes `q`, `k` and `v` of the hidden states of all of this rank's tokens."""
+        w, eps = weights, self.case.architecture.norm_eps
+        q_norm = None if w.q_norm is None else HeadNorm(w.q_norm, eps)
+        k_norm = None if w.k_norm is None else HeadNorm(w.k_norm, eps)
+        return {
+            "q": Projection(w.wq, w.bq, q_norm, self.rope),
+            "k": Projection(w.wk, w.bk, k_norm, self.rope),
+            "v": Projection(w.wv, w.bv),
+        }

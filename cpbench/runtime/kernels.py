@@ -14,7 +14,7 @@ Each is one custom op, so a trace shows the kernel as one node and what it alloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -183,8 +183,25 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def scratch_bytes(op: object, args: Sequence[object]) -> int:
-    """Return what an attention op allocates inside and frees before it returns, in bytes.
+Scratch = Callable[[Sequence[object]], int]
+"""From an operator's arguments to the bytes it allocates inside and frees before it returns."""
+_DECLARED: dict[object, Scratch] = {}
+
+
+def declare_scratch(op: object, scratch: Scratch) -> None:
+    """State what a custom operator allocates inside, so that estimates can count it.
+
+    Args:
+        op: for example `torch.ops.mine.fused.default`.
+        scratch: from its positional arguments, fake tensors in an estimate, to bytes; `lambda args: 0` for nothing.
+    """
+    _DECLARED[op] = scratch
+
+
+def scratch_bytes(op: object, args: Sequence[object]) -> int | None:
+    """Return what an operator allocates inside and frees before it returns, in bytes; None if nobody has said.
+
+    Attention ops are known, others by `declare_scratch`.
 
     cuda-flash, from FlashAttention-2's `mha_bwd`: a float32 dq accumulator over lengths rounded up to 128 and widths
     to 32, float32 row sums, and with GQA dk and dv of all query heads; ATen around it copies a dout or out that is not
@@ -193,7 +210,11 @@ def scratch_bytes(op: object, args: Sequence[object]) -> int:
     256 x 512 a thread in float32, and in bfloat16 beside them; twice in backward, where a dout that is not contiguous
     is copied too.
     """
+    if op in _DECLARED:
+        return _DECLARED[op](args)
     backward = op is torch.ops.cpbench.attention_backward.default
+    if not backward and op is not torch.ops.cpbench.attention_forward.default:
+        return None
     q, k = args[1:3] if backward else args[:2]
     backend = args[8] if backward else args[5]
     if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(backend, str)):

@@ -8,7 +8,7 @@ from theirs (`cpbench.world.layers`), or all are run where that cannot be done e
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,13 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from cpbench.case import Case
-from cpbench.errors import Unsupported
+from cpbench.errors import Uncountable, Unsupported
 from cpbench.hardware import load_hardware
 from cpbench.machine import threads_of_rank
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.fake_trace import FakeTrace
 from cpbench.memory.timeline import Timeline
-from cpbench.method import Method
+from cpbench.method import Method, representative_ranks
 from cpbench.optimizer import OffloadedAdamW
 from cpbench.record import Memory, RankReport, Software, WorkerReport
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
@@ -53,6 +53,29 @@ class Traced:
     """Layers that ran."""
 
 
+def ranks_to_run(case: Case, method: Method) -> tuple[int, ...]:
+    """Return the rank that was asked for, or those that stand for all."""
+    if case.rank is not None:
+        return (case.rank,)
+    return representative_ranks(method.layout(case, 0))
+
+
+def estimate_ranks(case: Case, method: Method) -> WorkerReport:
+    """Return what the ranks that stand for all would use, or the one that was asked for.
+
+    Args:
+        case: resolved, with mode estimate.
+        method: of the case.
+
+    Raises:
+        Unsupported: the attention backend's inner memory is not known.
+        Uncountable: an operator or collective is unknown to the count.
+    """
+    reports = [estimate_case(case, method, rank=rank) for rank in ranks_to_run(case, method)]
+    ranks = tuple(rank for report in reports for rank in report.ranks)
+    return reports[0].model_copy(update={"ranks": ranks})
+
+
 def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
     """Return what one rank of a case would use.
 
@@ -63,6 +86,7 @@ def estimate_case(case: Case, method: Method, *, rank: int = 0) -> WorkerReport:
 
     Raises:
         Unsupported: the attention backend's inner memory is not known.
+        Uncountable: an operator or collective is unknown to the count.
     """
     with _uncollected():
         return _estimated(case, method, rank)
@@ -161,8 +185,20 @@ def _run(case: Case, method: Method, rank: int) -> Traced:
             parameters_of_layer=len(list(step.model.blocks[0].parameters())),
         )
     if log.unknown:
-        raise RuntimeError(f"collectives that are not counted: {', '.join(sorted(set(log.unknown)))}")
+        raise Uncountable(
+            f"the estimate does not know what these collectives send: {_names(log.unknown)}; "
+            "use those of cpbench.runtime.collectives"
+        )
+    if trace.unknown:
+        raise Uncountable(
+            f"the estimate does not know what these operators allocate inside: {_names(trace.unknown)}; "
+            "state it with cpbench.runtime.kernels.declare_scratch in the file that defines them"
+        )
     return Traced(result, step.kernels.name, case.architecture.num_layers)
+
+
+def _names(found: Iterable[str]) -> str:
+    return ", ".join(sorted(set(found)))
 
 
 def _ranks_on_node(case: Case) -> int:
@@ -186,10 +222,10 @@ def _owners(step: TrainStep, trace: FakeTrace) -> dict[int, Owner]:
             if allocation is not None:
                 owners[id(allocation)] = layers.get(id(parameter))
     if isinstance(step.optimizer, OffloadedAdamW):
-        for parameter, memory in step.optimizer.host_memory():
+        for owner, memory in step.optimizer.host_memory():
             allocation = trace.allocation_of(memory)
             if allocation is not None:
-                owners[id(allocation)] = layers.get(id(parameter))
+                owners[id(allocation)] = layers.get(id(owner))
     return owners
 
 

@@ -37,7 +37,7 @@ from cpbench.runtime.collectives import CollectiveLog, CountCollectives
 from cpbench.runtime.recorder import Recorder
 from cpbench.train import TrainStep, World
 from cpbench.world.emulate import counting, emulated_world, estimated
-from cpbench.world.estimate import estimate_case
+from cpbench.world.estimate import estimate_ranks
 from cpbench.world.measure import measured_world
 
 
@@ -53,7 +53,7 @@ def run_case(case: Case, plugins: Sequence[Path], scratch: Path) -> WorkerReport
     method.check(case)
     if case.mode == "estimate":
         write_progress(scratch, phase="counting memory over fake tensors", done=0, total=1, now=time.time())
-        return estimate_case(case, method, rank=case.rank or 0)
+        return estimate_ranks(case, method)
     if case.mode == "emulate":
         return _emulated(case, method, scratch)
     with measured_world(case, method.layout(case, 0)) as world:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cpbench.bracket import Room, longest_that_fits
+from cpbench.bracket import Bracket, LengthSearch, Room
 
 UNIT = 65536
 LIMIT = 512 * UNIT
@@ -40,6 +40,13 @@ class Needs:
         return max(fitting, default=0)
 
 
+def searched(need: Needs, *, start: int, slope: Room | None = None, limit: int = LIMIT) -> Bracket:
+    search = LengthSearch(unit=UNIT, limit=limit, start=start, slope=slope)
+    while (length := search.next_length) is not None:
+        search.add(length, need(length))
+    return search.found
+
+
 needs = st.builds(
     Needs,
     st.tuples(st.floats(-1e9, 2e11), st.floats(1, 1e5)),
@@ -56,9 +63,7 @@ def test_the_answer_is_that_of_trying_all_lengths(
     """Wherever it starts and whatever slope it is told, and the neighbour was tried."""
     expected = need.longest()
 
-    found = longest_that_fits(
-        need, unit=UNIT, limit=LIMIT, start=start, slope=None if slope is None else Room(*slope)
-    )
+    found = searched(need, start=start, slope=None if slope is None else Room(*slope))
 
     assert found.longest == expected
     assert found.shortest_too_long == (None if expected == LIMIT else expected + UNIT)
@@ -72,16 +77,16 @@ def test_the_answer_is_that_of_trying_all_lengths(
 )
 def test_lines_take_four_samples(need: Needs, most: int) -> None:
     """Two say where the room ends, two show it; a known slope saves one."""
-    found = longest_that_fits(need, unit=UNIT, limit=LIMIT, start=2**20)
+    found = searched(need, start=2**20)
     assert found.longest == need.longest()
     assert len(need.asked) <= most
 
     again = Needs(need.device, need.host)
-    longest_that_fits(again, unit=UNIT, limit=LIMIT, start=2**20, slope=found.slope)
+    searched(again, start=2**20, slope=found.slope)
     assert len(again.asked) <= most - 1
 
 
 def test_a_limit_below_the_unit_is_refused() -> None:
     """There would be nothing to try."""
     with pytest.raises(ValueError, match="below the unit"):
-        longest_that_fits(Needs((1, 1)), unit=UNIT, limit=UNIT - 1, start=UNIT)
+        LengthSearch(unit=UNIT, limit=UNIT - 1, start=UNIT)

@@ -65,6 +65,7 @@ SURFACE = {
         "--dry-run",
         "--dtype",
         "--hardware",
+        "--host-ram",
         "--json",
         "--launcher",
         "--layers",
@@ -92,6 +93,7 @@ SURFACE = {
         "--world",
     },
     "verify": {
+        "--attention-bias",
         "--batch",
         "--device",
         "--dtype",
@@ -215,9 +217,16 @@ BAD = [
     (["--name", "../up"], "run name"),
     (["--resume"], "--resume needs --name"),
     (["--resume", "--name", "never-ran"], "run.json is missing"),
-    (["--nodes", "2"], "--rdzv-endpoint"),
-    (["--nodes", "2", "--rdzv-endpoint", "a:1"], "--name"),
-    (["--node-rank", "1"], "--node-rank 1"),
+    (["--nodes", "2", *SMALL], "--rdzv-endpoint"),
+    (["--nodes", "2", "--rdzv-endpoint", "a:1", *SMALL], "--name"),
+    (["--node-rank", "1", *SMALL], "--node-rank 1 must be below --nodes 1"),
+    (["--node-rank", "1", "--nodes", "2", "--mode", "estimate"], "the mode is estimate; leave it out"),
+    (["--world", "12", "--mode", "estimate"], "--world 12 fills 2 nodes of 8 GPUs only in part"),
+    (
+        ["--world", "16", "--nodes", "1", "--mode", "estimate"],
+        "16 ranks a node, but a node of h100-80g has 8",
+    ),
+    (["--mode", "emulate", "--device", "cuda"], "this machine has none; use --device cpu"),
     (["--nodes", "2", "--world", "5", "--name", "r", "--rdzv-endpoint", "a:1", *SMALL], "does not divide"),
     (["--no-such-flag"], "--no-such-flag"),
 ]
@@ -331,6 +340,16 @@ def test_flags_override_the_scenario(resolved: list[Case]) -> None:
     )
 
 
+def test_host_memory_is_that_of_estimates(resolved: list[Case]) -> None:
+    """Another size is part of an estimated case; one that is measured is judged by no profile."""
+    flags = ("sweep", "--method", "ring", *("--world", "2", "--host-ram", "512G"), "--dry-run")
+    invoke(*flags, "--mode", "estimate")
+    invoke(*flags, *SMALL)
+    estimated, measured = resolved
+    assert (estimated.hardware, estimated.host_memory_bytes) == ("h100-80g", 2**39)
+    assert (measured.hardware, measured.host_memory_bytes) == (None, None)
+
+
 def test_stack_options_change_every_case(resolved: list[Case]) -> None:
     """--stack-option sets single parts of the stack, as a scenario's [stack] table does."""
     changes = ("optimizer_offload=true", "save_attention=auto", "host_budget_bytes=1.5TiB", "tile_mlp=false")
@@ -349,8 +368,11 @@ def test_stack_options_change_every_case(resolved: list[Case]) -> None:
 
 @pytest.mark.usefixtures("resolved")
 @pytest.mark.parametrize(("timeout", "warned"), [("1800", True), ("200000", False)])
-def test_a_time_limit_that_cannot_suffice_is_said(timeout: str, warned: bool) -> None:
+def test_a_time_limit_that_cannot_suffice_is_said(
+    timeout: str, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A case that takes longer than --timeout even at the peak of the devices is warned of, with a better limit."""
+    monkeypatch.setattr("cpbench.expand.visible_gpus", lambda: (("a GPU",), None))
     flags = ["--method", "upipe", "--seqlen", "5M", "--mode", "emulate", "--device", "cuda"]
     code, _, err = invoke("sweep", *flags, "--timeout", timeout, "--dry-run")
     assert code == 0

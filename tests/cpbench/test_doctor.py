@@ -49,6 +49,20 @@ def test_a_real_examination(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize("version", ["2.8.3", None])
+def test_flash_attn_is_said_to_be_unused(
+    version: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever has the package learns that it does not run; nobody is told to install it."""
+    probe_says(monkeypatch, GOOD)
+    monkeypatch.setattr(doctor, "package_version", lambda name: version)
+    found = by_name(examine(tmp_path))
+
+    assert ("flash-attn" in found) == (version is not None)
+    assert version is None or "not used" in found["flash-attn"].value
+
+
+@pytest.mark.usefixtures("gpus")
 def test_gpus_that_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With GPUs, a CUDA build and NCCL, measuring on GPUs is possible up to their number."""
     probe_says(monkeypatch, GOOD)

@@ -93,6 +93,7 @@ def test_a_sweep_without_gpus_answers_by_estimate(tmp_path: Path) -> None:
         assert record.step_seconds == pytest.approx(sum(part or 0 for part in parts))
         assert sum(record.modelled.critical_path_seconds.values()) == pytest.approx(record.step_seconds)
         assert 0 < (record.mfu or 0) < 1
-        assert (record.peak_allocated_bytes or 0) > 0
+        assert (record.device_needed_bytes or 0) > 1.03 * (record.peak_allocated_bytes or 0) > 0
+        assert (record.host_needed_bytes or 0) > 4 * (record.host_pinned_peak_bytes or 0) > 0
     raw = json.loads(next((tmp_path / "laptop" / "cases").glob("*256M*.json")).read_text(encoding="utf-8"))
     assert "short by" in raw["reason"]

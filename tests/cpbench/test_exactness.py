@@ -4,10 +4,14 @@ Every method, every stack preset, twelve shapes (two of them emulated), two worl
 other pair of method and shape. What may differ is what gloo's worker threads free late: that is memory the allocator
 still holds when the next step's peak comes, so a measured peak may be above the exact one on some rank, and never
 below it.
+
+With CPBENCH_EVERY_PAIR=1 in the environment nothing is left out: every method in every stack preset at every shape, on
+two ranks and on four (432 cases, half an hour on two cores).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -17,28 +21,30 @@ import pytest
 from cpbench import registry
 from cpbench.case import STACKS, Case
 from cpbench.model_config import ModelConfig
-from cpbench.record import RankReport
+from cpbench.record import Memory, RankReport
 from cpbench.resolve import resolve
 from cpbench.world.estimate import estimate_case
 from cpbench.world.run import run_case
 from tests.cpbench.many_cases import measure
 
-pytestmark = pytest.mark.timeout(600)  # the first test of a world size also waits for its real ranks
+EVERY_PAIR = os.environ.get("CPBENCH_EVERY_PAIR") == "1"
+# The first test of a world size also waits for its real ranks.
+pytestmark = pytest.mark.timeout(3600 if EVERY_PAIR else 600)
 METHODS = tuple(registry.method_files())
-# heads, KV heads, head_dim, hidden, ffn, layers, batch, tokens a rank, qk-norm
+# heads, KV heads, head_dim, hidden, ffn, layers, batch, tokens a rank, qk-norm, biases
 SHAPES = (
-    (8, 8, 16, 64, 136, 2, 1, 104, False),
-    (8, 2, 16, 64, 136, 2, 1, 104, False),
-    (8, 1, 32, 96, 104, 1, 1, 52, False),
-    (12, 3, 24, 104, 216, 2, 2, 52, True),
-    (12, 6, 8, 48, 200, 3, 1, 132, False),
-    (4, 4, 64, 128, 96, 1, 1, 68, True),
-    (16, 2, 16, 80, 304, 2, 1, 76, False),
-    (16, 16, 8, 128, 136, 1, 2, 44, False),
-    (8, 4, 128, 64, 72, 1, 1, 84, False),
-    (24, 8, 16, 112, 128, 2, 1, 36, True),
-    (4, 2, 32, 256, 512, 2, 1, 60, False),
-    (20, 4, 16, 72, 88, 1, 1, 92, False),
+    (8, 8, 16, 64, 136, 2, 1, 104, False, False),
+    (8, 2, 16, 64, 136, 2, 1, 104, False, False),
+    (8, 1, 32, 96, 104, 1, 1, 52, False, False),
+    (12, 3, 24, 104, 216, 2, 2, 52, True, True),
+    (12, 6, 8, 48, 200, 3, 1, 132, False, False),
+    (4, 4, 64, 128, 96, 1, 1, 68, True, False),
+    (16, 2, 16, 80, 304, 2, 1, 76, False, True),
+    (16, 16, 8, 128, 136, 1, 2, 44, False, False),
+    (8, 4, 128, 64, 72, 1, 1, 84, False, True),
+    (24, 8, 16, 112, 128, 2, 1, 36, True, False),
+    (4, 2, 32, 256, 512, 2, 1, 60, False, True),
+    (20, 4, 16, 72, 88, 1, 1, 92, False, False),
 )
 
 
@@ -51,7 +57,7 @@ def cases(world_size: int) -> tuple[Case, ...]:
 def _cases(world_size: int) -> Iterator[Case]:
     stacks = tuple(STACKS.values())
     for turn, shape in enumerate(SHAPES):
-        heads, kv_heads, head_dim, hidden, ffn, layers, batch, tokens, qk_norm = shape
+        heads, kv_heads, head_dim, hidden, ffn, layers, batch, tokens, qk_norm, biases = shape
         model = ModelConfig(
             hidden_dim=hidden,
             num_layers=layers,
@@ -61,9 +67,10 @@ def _cases(world_size: int) -> Iterator[Case]:
             ffn_dim=ffn,
             vocab_size=251,
             qk_norm=qk_norm,
+            attention_bias=biases,
         )
-        for index, method in enumerate(METHODS):
-            if world_size == 2 and (turn + index) % 2:
+        for index, method in enumerate(METHODS * len(stacks) if EVERY_PAIR else METHODS):
+            if world_size == 2 and (turn + index) % 2 and not EVERY_PAIR:
                 continue
             requested = Case(
                 method=method,
@@ -73,7 +80,7 @@ def _cases(world_size: int) -> Iterator[Case]:
                 batch_size=batch,
                 world_size=world_size,
                 dtype="float32",
-                stack=stacks[(turn + index) % len(stacks)],
+                stack=stacks[index // len(METHODS) if EVERY_PAIR else (turn + index) % len(stacks)],
                 steps=1,
             )
             case, unsupported = resolve(requested, [])
@@ -86,7 +93,9 @@ def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[Case, list[RankReport]]]:
     found = cases(request.param)
-    return list(zip(found, measure(found, tmp_path_factory.mktemp("measured")), strict=True))
+    limit = 3500 if EVERY_PAIR else 500
+    reports = measure(found, tmp_path_factory.mktemp("measured"), timeout=limit)
+    return list(zip(found, reports, strict=True))
 
 
 @pytest.mark.slow
@@ -143,7 +152,7 @@ def test_the_estimate_is_what_the_allocator_says(measured: list[tuple[Case, list
         gaps: list[float] = []
         for report in ranks:  # one rank is enough; the next is asked only if this one kept something too long
             gaps.append(_gap(case, report))
-            if gaps[-1] <= 0.01:
+            if -0.001 <= gaps[-1] <= 0.01:
                 break
         if not -0.001 <= gaps[-1] <= 0.01:
             wrong.append(f"{case.title} {case.stack} {case.architecture}: {gaps}")
@@ -161,16 +170,21 @@ def test_every_method_meets_every_stack(world_size: int) -> None:
 
 
 def _gap(case: Case, report: RankReport) -> float:
-    """Return (measured - estimated) / estimated peak of a rank; the categories and host bytes must fit too."""
-    memory = _estimated(case, report.rank)
-    assert report.memory.host_pinned_peak_bytes == memory["host"]
-    assert sum(report.memory.peak_by_category_bytes.values()) == report.memory.peak_allocated_bytes
-    measured = report.memory.peak_allocated_bytes or 0
-    return (measured - memory["peak"]) / memory["peak"]
+    """Return (measured - estimated) / estimated peak of a rank, or the largest such part of a category's bytes.
+
+    Host bytes must be equal, and both splits add up.
+    """
+    wanted, memory = _estimated(case, report.rank), report.memory
+    assert memory.host_pinned_peak_bytes == wanted.host_pinned_peak_bytes
+    for one in (wanted, memory):
+        assert sum(one.peak_by_category_bytes.values()) == one.peak_allocated_bytes
+    ours, theirs = wanted.peak_by_category_bytes, memory.peak_by_category_bytes
+    apart = [abs(theirs.get(name, 0) - ours.get(name, 0)) for name in ours | theirs]
+    peak = wanted.peak_allocated_bytes or 0
+    gap = ((memory.peak_allocated_bytes or 0) - peak) / peak
+    return min(gap, -max(apart) / peak) if gap < 0 else max(gap, max(apart) / peak)
 
 
-def _estimated(case: Case, rank: int) -> dict[str, int]:
+def _estimated(case: Case, rank: int) -> Memory:
     estimate = case.model_copy(update={"mode": "estimate"})
-    memory = estimate_case(estimate, registry.load(case.method, case.options), rank=rank).ranks[0].memory
-    assert sum(memory.peak_by_category_bytes.values()) == memory.peak_allocated_bytes
-    return {"peak": memory.peak_allocated_bytes or 0, "host": memory.host_pinned_peak_bytes or 0}
+    return estimate_case(estimate, registry.load(case.method, case.options), rank=rank).ranks[0].memory

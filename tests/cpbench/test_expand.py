@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cpbench import expand
-from cpbench.case import Case
+from cpbench.case import Case, Device, Mode
 from cpbench.errors import UnknownName, UsageError
 from cpbench.expand import ResolvedCase, excess, plan_sweep, resolve_cases
 from cpbench.machine import Gpu
@@ -108,6 +108,9 @@ def test_more_ranks_than_gpus_is_unsupported() -> None:
         ({"world_size": 5, "nodes": 2}, "does not divide over 2 nodes"),
         ({"world_size": 64, "mode": "estimate"}, None),
         ({"world_size": 64, "mode": "emulate"}, None),
+        ({"world_size": 16, "mode": "estimate", "hardware": "h100-80g", "nodes": 2}, None),
+        ({"world_size": 16, "mode": "estimate", "hardware": "h100-80g"}, "give --nodes 2 or more"),
+        ({"world_size": 16, "mode": "emulate", "hardware": "rtx-4090", "nodes": 2}, "8 ranks a node"),
         ({"world_size": 10_000, "device": "cpu"}, "processes per node"),
         ({"world_size": 32, "device": "cpu"}, None),
     ],
@@ -117,6 +120,27 @@ def test_limits_of_the_machine(change: dict[str, Any], phrase: str | None) -> No
     case = fake_case("ok").model_copy(update={"device": "cuda"} | change)
     found = excess(case, gpus=2)
     assert (found is None) if phrase is None else (phrase in str(found))
+
+
+@pytest.mark.parametrize(("device", "elsewhere"), [("cuda", None), ("cpu", 0), ("cuda", 1)])
+def test_one_gpu_is_enough_to_emulate_and_a_processor_needs_none(device: str, elsewhere: int | None) -> None:
+    """Only an emulation on GPUs, on a machine known to have none, is unsupported."""
+    case = fake_case("ok").model_copy(update={"mode": "emulate", "device": device})
+
+    assert excess(case, gpus=elsewhere) is None
+
+
+def test_nodes_are_those_that_the_ranks_fill_where_none_run() -> None:
+    """An estimate for GPUs says its nodes; one for CPU processes, and a measured case, are on one unless told."""
+    raw = {"name": "test", "sweep": {"method": "ring", "model": "tiny", "world_size": [8, 32]}}
+
+    def nodes(mode: Mode, device: Device, **run: object) -> list[int]:
+        return [case.nodes for case in build_scenario({**raw, "run": run}).expand(mode=mode, device=device)]
+
+    assert nodes("estimate", "cuda") == nodes("emulate", "cuda") == [1, 4]
+    assert nodes("estimate", "cuda", hardware="rtx-4090") == [2, 8]
+    assert nodes("estimate", "cpu") == nodes("measure", "cuda") == [1, 1]
+    assert nodes("estimate", "cuda", nodes=2) == [2, 2]
 
 
 def test_errors_of_the_resolver_are_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

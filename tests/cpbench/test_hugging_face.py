@@ -59,6 +59,8 @@ def test_a_public_file_is_the_preset(name: str, preset: str) -> None:
         ("mistral-7b-v0.3", 7.248),
         ("mistral-7b-v0.1", 7.242),
         ("mistral-nemo-12b", 12.248),
+        ("qwen2.5-7b", 7.616),
+        ("qwen2.5-0.5b", 0.494),
     ],
 )
 def test_parameters_are_as_many_as_published(name: str, billions: float) -> None:
@@ -76,16 +78,25 @@ def test_what_files_spell_in_their_own_way() -> None:
     assert load_model(str(FILES / "qwen3-8b" / "config.json"))[0] == "qwen3-8b"
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("qwen2.5-7b", "adds a bias to q, k and v"), ("mixtral-8x7b", "mixtures of experts")],
-)
-def test_families_that_the_stack_does_not_have_are_refused(name: str, words: str) -> None:
-    """Qwen2 for its biases, Mixtral for its experts; the message names the file."""
-    with pytest.raises(UsageError, match=words) as caught:
-        read(name)
+@pytest.mark.parametrize("said", [..., None, True])
+def test_qwen2_has_biases_whether_or_not_its_file_says_so(tmp_path: Path, said: object) -> None:
+    """Of q, k and v; no other family has them, and each bias is counted among the parameters."""
+    qwen = load_model(str(changed(tmp_path, model_type="qwen2", attention_bias=said)))[1]
+    llama = PRESETS["llama3-8b"]
 
-    assert name in str(caught.value)
+    assert qwen.attention_bias
+    assert not any(model.attention_bias for model in PRESETS.values())
+    assert qwen.num_params - llama.num_params == 32 * (4096 + 2 * 1024)
+    assert read("qwen2.5-0.5b").tied_embeddings
+    assert not read("qwen2.5-7b").tied_embeddings
+
+
+def test_a_family_that_the_stack_does_not_have_is_refused() -> None:
+    """Mixtral for its experts; the message names the file."""
+    with pytest.raises(UsageError, match="mixtures of experts") as caught:
+        read("mixtral-8x7b")
+
+    assert "mixtral-8x7b" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +107,15 @@ def test_families_that_the_stack_does_not_have_are_refused(name: str, words: str
         ({"model_type": "qwen3_moe"}, "mixtures of experts"),
         ({"num_experts": 8}, "num_experts=8"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "only ...ForCausalLM"),
-        ({"attention_bias": True}, "attention_bias=true"),
+        (
+            {"attention_bias": True},
+            "attention_bias=true is not supported for llama; only false is: elsewhere",
+        ),
+        ({"model_type": "mistral", "attention_bias": True}, "not supported for mistral"),
+        ({"model_type": "qwen3", "attention_bias": True}, "the output projection would have one too"),
+        ({"model_type": "qwen2", "attention_bias": False}, "only true is: its q, k and v always have biases"),
+        ({"qkv_bias": True}, "qkv_bias=true"),
+        ({"attention_bias": "yes"}, 'attention_bias="yes"'),
         ({"mlp_bias": True}, "mlp_bias=true"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"hidden_act": "gelu"}, 'hidden_act="gelu"'),
@@ -118,6 +137,8 @@ def test_families_that_the_stack_does_not_have_are_refused(name: str, words: str
         ({"rope_theta": -1}, "rope_theta=-1 is no positive number"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps="),
         ({"tie_word_embeddings": "no"}, "neither true nor false"),
+        ({"use_sliding_window": 1}, "use_sliding_window=1 is neither"),
+        ({"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers=-1 is no whole number"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -147,7 +168,7 @@ def test_what_changes_neither_memory_nor_work_is_left_out(tmp_path: Path, change
 
 
 def test_a_window_is_kept_where_it_is_used(tmp_path: Path) -> None:
-    """Mistral's is its number, or its default where the file does not say; Qwen3's only if it is switched on."""
+    """Mistral's is its number, or its default where the file does not say; Qwen's only if it is switched on."""
     qwen = {"model_type": "qwen3", "sliding_window": 4096}
 
     assert read("mistral-7b-v0.1").sliding_window == 4096
@@ -161,9 +182,51 @@ def test_a_window_is_kept_where_it_is_used(tmp_path: Path) -> None:
     )
 
 
-def test_the_shape_is_written_without_a_window_that_is_not_there() -> None:
-    """So cases from before windows keep their ids; with a window it is part of the case."""
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("layers", "full", "types", "window"),
+    [
+        (32, ..., ..., 4096),
+        (28, ..., ..., None),
+        (32, 31, ..., 4096),
+        (32, 32, ..., None),
+        (32, 0, ..., 4096),
+        (32, 0, ["full_attention"], None),
+        (32, 32, ["full_attention", "sliding_attention"], 4096),
+    ],
+)
+def test_a_window_that_no_layer_has_is_none(
+    tmp_path: Path, family: str, layers: int, full: object, types: object, window: int | None
+) -> None:
+    """Qwen's first `max_window_layers` layers, 28 if not given, see all keys; a list of the layers says it better."""
+    path = changed(
+        tmp_path,
+        model_type=family,
+        attention_bias=None,
+        num_hidden_layers=layers,
+        use_sliding_window=True,
+        sliding_window=4096,
+        max_window_layers=full,
+        layer_types=types,
+    )
+
+    assert load_model(str(path))[1].sliding_window == window
+
+
+def test_a_width_of_null_is_no_window(tmp_path: Path) -> None:
+    """Even where windows are switched on; without the key the families' default counts."""
+    on = {"model_type": "qwen3", "use_sliding_window": True}
+
+    assert load_model(str(changed(tmp_path, sliding_window=None, **on)))[1].sliding_window is None
+    assert load_model(str(changed(tmp_path, **on)))[1].sliding_window == 4096
+
+
+def test_the_shape_is_written_without_what_is_not_there() -> None:
+    """So cases from before windows and biases keep their ids; what is there is part of the case."""
     assert "sliding_window" not in PRESETS["llama3-8b"].model_dump(mode="json")
+    assert "attention_bias" not in PRESETS["llama3-8b"].model_dump(mode="json")
+    assert read("qwen2.5-7b").model_dump(mode="json")["attention_bias"] is True
+    assert ModelConfig.model_validate(read("qwen2.5-7b").model_dump()) == read("qwen2.5-7b")
     assert read("mistral-7b-v0.1").model_dump(mode="json")["sliding_window"] == 4096
     assert ModelConfig.model_validate(read("mistral-7b-v0.1").model_dump()) == read("mistral-7b-v0.1")
 
@@ -210,20 +273,21 @@ def planned(*arguments: str) -> tuple[int, str]:
 
 def test_the_command_line_takes_files_and_says_what_it_cannot() -> None:
     """A sweep plans public files by folder or path, a case that is longer than the window is unsupported."""
-    files = ",".join(str(FILES / name) for name in ("llama-3.1-8b", "mistral-7b-v0.1/config.json"))
+    names = ("llama-3.1-8b", "mistral-7b-v0.1/config.json", "qwen2.5-7b")
+    files = ",".join(str(FILES / name) for name in names)
 
-    code, output = planned("--method", "ulysses", "--model", files, "--seqlen", "4K,8K")
+    code, output = planned("--method", "ulysses", "--model", files, "--seqlen", "4K,8K", "--world", "4")
 
     assert code == 0
     cases = json.loads(output)["cases"]
-    assert [case["case_id"].split("-")[1] for case in cases] == ["4K", "8K", "4K", "8K"]
-    assert [case["unsupported"] is None for case in cases] == [True, True, True, False]
+    assert [case["case_id"].split("-")[1] for case in cases] == ["4K", "8K"] * 3
+    assert [case["unsupported"] is None for case in cases] == [True, True, True, False, True, True]
     assert "longer than the model's sliding_window=4096" in cases[3]["unsupported"]
 
 
 def test_the_command_line_refuses_a_file_with_exit_code_2() -> None:
-    """Qwen2's biases: wrong usage, in one line."""
-    code, output = planned("--model", str(FILES / "qwen2.5-7b"), "--seqlen", "4K")
+    """Mixtral's experts: wrong usage, in one line."""
+    code, output = planned("--model", str(FILES / "mixtral-8x7b"), "--seqlen", "4K")
 
     assert code == 2
-    assert "adds a bias" in " ".join(output.split())
+    assert "mixtures of experts" in " ".join(output.split())

@@ -25,6 +25,7 @@ def test_auto(device: Device | None, world_size: int, gpus: int, expected: tuple
     choice = choose_mode("auto", device, world_size=world_size, gpus=gpus)
     assert (choice.mode, choice.device) == expected
     assert choice.reason
+    assert choice.mode != "emulate" or "communication is modelled" in choice.reason
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cuda")])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
-import threading
+import signal
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,8 @@ from cpbench.cli import app, flags
 from cpbench.cli.plan import _nothing, _print
 from cpbench.context_plan import ContextPlan, MethodPlan, Question
 from cpbench.errors import UsageError
-from cpbench.estimator import Estimate, Estimator
-from cpbench.hardware import load_hardware
+from cpbench.estimates import Estimate
+from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES, fit, load_hardware
 from cpbench.model_config import load_model
 from cpbench.plan import STEP, plan_context
 from cpbench.planned_run import duration_words, scenario_text, sweep_command, torchrun_line
@@ -26,24 +30,37 @@ from cpbench.record import Record
 from cpbench.report.plan_picture import write_plan_picture
 from cpbench.scenario import parse_scenario
 from cpbench.units import GIB, MIB, format_bytes
+from tests.cpbench.workers.harness import ROOT, TOKEN, alive, wait_until
 
 H100 = load_hardware("h100-80g")
 NAME, LLAMA = load_model("llama3-8b")
 
 
 class MadeUp:
-    """Estimates by formula: bytes and seconds of a token of each method."""
+    """Estimates by formula, two at a time: bytes and seconds of a token of each method."""
 
     def __init__(self, **tokens: tuple[float, float, float]) -> None:
-        self.size = 2
         self.tokens = tokens
         self.asked: list[Case] = []
-        self._lock = threading.Lock()
+        self._running: list[tuple[int, Case]] = []
+
+    @property
+    def free(self) -> int:
+        return 2 - len(self._running)
+
+    def start(self, case: Case) -> int:
+        assert self.free
+        self.asked.append(case)
+        self._running.append((len(self.asked), case))
+        return len(self.asked)
+
+    def wait(self) -> list[tuple[int, Estimate]]:
+        """The one started last, so that answers come in another order than questions."""
+        number, case = self._running.pop()
+        return [(number, self.estimate(case))]
 
     def estimate(self, case: Case) -> Estimate:
         """Return a record with the needs of a case; a method without numbers cannot run."""
-        with self._lock:
-            self.asked.append(case)
         if case.method not in self.tokens:
             return Estimate(case=case, reason=f"{case.method} needs a miracle")
         if case.options:
@@ -53,11 +70,12 @@ class MadeUp:
         if case.stack.save_attention:
             host, seconds = 2 * host, seconds * 0.8
         tokens = case.seq_len / case.world_size * 8
+        needs = fit(
+            case, H100, peak_bytes=round(fixed + device * tokens), host_bytes=round(host * tokens / 8)
+        )
         record = Record.without_result(case, "ok", "", FACTS).model_copy(
             update={
-                "reason": None,
-                "peak_allocated_bytes": round(fixed + device * tokens),
-                "host_pinned_peak_bytes": round(host * tokens / 8),
+                **needs.model_dump(),
                 "step_seconds": seconds * tokens,
                 "tokens_per_second_per_gpu": 1 / seconds / 8,
             }
@@ -76,7 +94,12 @@ FACTS = {
 
 
 def planned(
-    estimates: MadeUp, *, worlds: tuple[int, ...] = (8,), seq_len: int | None = None, methods: str = ""
+    estimates: MadeUp,
+    *,
+    worlds: tuple[int, ...] = (8,),
+    seq_len: int | None = None,
+    methods: str = "",
+    host: int = 2**41,
 ) -> ContextPlan:
     question = Question(
         methods=tuple((methods or " ".join(estimates.tokens)).split()),
@@ -84,10 +107,12 @@ def planned(
         architecture=LLAMA,
         worlds=worlds,
         hardware="h100-80g",
-        host_memory_bytes=2**41,
+        host_memory_bytes=host,
         seq_len=seq_len,
     )
-    return plan_context(question, H100, estimates)
+    found = plan_context(question, H100, estimates)
+    assert {case.host_memory_bytes for case in estimates.asked} == {host}
+    return found
 
 
 def only(found: ContextPlan) -> MethodPlan:
@@ -107,7 +132,8 @@ def test_device_memory_ends_it_and_the_optimizer_makes_room() -> None:
     assert plan.too_long.seq_len == plan.longest.seq_len + STEP
     assert plan.longest.status == "ok"
     assert "short by" in (plan.reason or "")
-    room = H100.device_memory_bytes - H100.context_bytes - H100.communicator_bytes
+    room = H100.usable_memory_bytes - H100.context_bytes - H100.communicator_bytes
+    room -= H100.allocator.unused_bytes(layers=32)
     assert plan.longest.seq_len == int((room / 1.03 - 8 * GIB) / 12_000) // STEP * STEP
     assert len(estimates.asked) <= 9
     assert len({(c.seq_len, c.stack) for c in estimates.asked}) == len(estimates.asked)
@@ -120,7 +146,8 @@ def test_host_memory_ends_it() -> None:
     assert plan.ended_by == "host memory"
     assert plan.configuration.stack == {}
     assert plan.longest is not None
-    assert plan.longest.seq_len == int(2**41 / 300_000) // STEP * STEP
+    room = 2**41 * (1 - HOST_MARGIN) - 8 * HOST_PROCESS_BYTES
+    assert plan.longest.seq_len == int(room / 300_000) // STEP * STEP
 
 
 def test_a_method_that_cannot_run_and_one_that_never_fits() -> None:
@@ -155,6 +182,8 @@ def test_the_fastest_that_fits_is_recommended() -> None:
     assert found.recommended is not None
     assert found.recommended.configuration.method == "ulysses"
     assert found.recommended.configuration.stack["save_attention"] == "auto"
+    budget = 2**41 - round(2**41 * HOST_MARGIN) - 8 * HOST_PROCESS_BYTES
+    assert found.recommended.configuration.stack["host_budget_bytes"] == budget
     asked = {plan.method: plan.asked for plan in found.methods}
     assert asked["ring"] is not None
     assert asked["ring"].status == "oom_device"
@@ -252,19 +281,24 @@ def test_nodes_filled_in_part_are_refused() -> None:
         planned(MadeUp(ulysses=(9000, 1000, 1e-4)), worlds=(9,))
 
 
+@pytest.mark.parametrize("host_ram", [None, "1T"])
 @pytest.mark.parametrize("seq_len", [None, 2 * MIB])
 @pytest.mark.parametrize("worlds", [(8,), (8, 32)])
 def test_the_command_means_the_recommended_case(
-    tmp_path: Path, seq_len: int | None, worlds: tuple[int, ...]
+    seq_len: int | None, worlds: tuple[int, ...], host_ram: str | None
 ) -> None:
     """The scenario parses to the very case, and the flags name it; torchrun starts a node's share."""
-    found = planned(MadeUp(ulysses=(9000, 1000, 1e-4)), worlds=worlds, seq_len=seq_len)
+    host = H100.host_memory_bytes if host_ram is None else 2**40
+    estimates = MadeUp(ulysses=(9000, 1000, 1e-4))
+    found = planned(estimates, worlds=worlds, seq_len=seq_len, host=host)
     choice = found.recommended
     assert choice is not None
 
-    scenario = parse_scenario(scenario_text(found.question, choice, model="llama3-8b"), name="it")
+    text = scenario_text(found.question, choice, model="llama3-8b", host_ram=host_ram)
+    scenario = parse_scenario(text, name="it")
     (case,) = scenario.expand(mode="measure", device="cuda")
-    words = sweep_command(found.question, choice, model="llama3-8b")
+    (estimated,) = scenario.expand(mode="estimate", device="cuda")
+    words = sweep_command(found.question, choice, model="llama3-8b", host_ram=host_ram)
 
     assert (case.method, case.seq_len, case.world_size) == (
         "ulysses",
@@ -272,6 +306,10 @@ def test_the_command_means_the_recommended_case(
         choice.world_size,
     )
     assert case.nodes == choice.nodes
+    assert estimated.host_memory_bytes == (None if host_ram is None else host)
+    asked = [case.model_copy(update={"steps": 1, "warmup": 0}) for case in estimates.asked]
+    assert estimated.model_copy(update={"host_memory_bytes": host, "steps": 1, "warmup": 0}) in asked
+    assert ("--host-ram" in words) == (host_ram is not None)
     changed = {k: v for k, v in case.stack.model_dump().items() if k in choice.configuration.stack}
     assert changed == choice.configuration.stack
     assert words[words.index("--method") + 1] == "ulysses"
@@ -318,38 +356,40 @@ def test_bad_input_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_estimating_process_that_dies_is_said_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that ends the process fails alone; the next case is estimated."""
-    name, architecture = load_model("tiny")
-    case = Case(
-        method="ulysses", model=name, architecture=architecture, seq_len=4096, world_size=2, device="cuda",
-        hardware="h100-80g",
-    )  # fmt: skip
-    plugin = Path(__file__).parent / "workers" / "deadly.py"
-    with Estimator([plugin], processes=1) as estimator:
-        died = estimator.estimate(case.model_copy(update={"method": "deadly"}))
-        refused = estimator.estimate(case.model_copy(update={"world_size": 3}))
-        fine = estimator.estimate(case)
+def test_an_interrupt_ends_all_processes(tmp_path: Path) -> None:
+    """Ctrl-C of a plan: exit code 130, no process left, and no file but what was there before."""
+    token = uuid.uuid4().hex
+    (tmp_path / "temporary").mkdir()
+    environment = os.environ | {TOKEN: token, "TMPDIR": str(tmp_path / "temporary"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cpbench", "plan", "--method", "ulysses", "--model", "tiny", "--json"]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(
+        lambda: any("estimate_server" in line for line in alive(token)), seconds=120, what="the server"
+    )
+    process.send_signal(signal.SIGINT)
+    _, words = process.communicate(timeout=60)
 
-    assert died.failed
-    assert "ended with code 3" in (died.reason or "")
-    assert "deadly was here" in (died.reason or "")
-    assert "not divisible" in (refused.reason or "")
-    assert not refused.failed
-    assert fine.record is not None
-    assert fine.record.peak_allocated_bytes
+    assert process.returncode == 130, words
+    assert alive(token) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.slow
 def test_a_plan_of_a_small_model_by_the_command(tmp_path: Path) -> None:
     """Real estimates: table, files, and JSON that says the same."""
-    arguments = ["plan", "--model", "tiny", "--method", "ulysses,single", "--world", "2", "--host-ram", "2G"]
+    arguments = ["plan", "--model", "tiny", "--method", "ulysses,single", "--world", "2", "--host-ram", "8G"]
     out = tmp_path / "out"
 
     result = CliRunner().invoke(app, [*arguments, "--seqlen", "128K", "--out", str(out)])
 
     assert result.exit_code == 0, result.output
-    for words in ("estimated", "ulysses", "recommended for 128K on 2 ranks", "cpbench sweep", "torchrun"):
+    for words in (
+        "estimated",
+        "recommended for 128K on 2 ranks",
+        "cpbench sweep",
+        "--host-ram 8G",
+        "torchrun",
+    ):
         assert words in result.output
     found = ContextPlan.model_validate(json.loads((out / "plan.json").read_text()))
     ulysses = next(plan for plan in found.methods if plan.method == "ulysses")

@@ -148,6 +148,28 @@ def test_summary_shows_reasons_at_any_width(width: int) -> None:
     assert max(map(len, output.splitlines())) <= width
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_an_emulation_shows_its_parts(width: int) -> None:
+    """Measured compute, modelled communication and the estimate's error; without communication the compute alone."""
+    emulated = ok(plan_of(1).cases[0].case).model_copy(
+        update={
+            "mode": "emulate",
+            "step_seconds": None,
+            "compute_seconds": 0.085,
+            "communication_seconds": None,
+            "peak_allocated_bytes": 1000,
+            "estimated_peak_bytes": 1003,
+        }
+    )
+    console = terminal(width)
+    print_summary([emulated, emulated.model_copy(update={"communication_seconds": 0.012})], console)
+    output = text_of(console)
+    assert "85 ms compute" in output
+    assert "12 ms" in output
+    assert "+0.30%" in output
+    assert max(map(len, output.splitlines())) <= width
+
+
 def test_columns_appear_only_where_cases_differ() -> None:
     """Model, stack, dtype and batch take room only if they tell cases apart; options only those that differ."""
     case = fake_case("ok")

@@ -73,6 +73,28 @@ def record_of(*ranks: RankReport, case: Case | None = None, gpu: str | None = No
     return Record.from_ranks(case or fake_case("ok"), report, FACTS)
 
 
+def estimated_case(**changes: object) -> Case:
+    return fake_case("ok").model_copy(
+        update={"mode": "estimate", "device": "cuda", "hardware": "h100-80g", "world_size": 8} | changes
+    )
+
+
+def test_an_estimate_of_some_ranks_is_judged_by_the_worst() -> None:
+    """Whether it fits is a matter of the rank that needs most, which is named by its number, not its place."""
+    record = record_of(rank(1, peak=2**30), rank(7, peak=2**40), case=estimated_case())
+
+    assert record.status == "oom_device"
+    assert record.spread["peak_allocated_bytes"].rank == 7
+
+
+def test_an_estimate_above_the_peak_rate_is_invalid() -> None:
+    """A modelled step that is faster than the hardware is no result, whatever fits."""
+    record = record_of(rank(0, seconds=(1e-9,)), case=estimated_case())
+
+    assert record.status == "invalid"
+    assert "above the hardware's peak" in (record.reason or "")
+
+
 def test_the_headline_is_the_maximum_over_ranks() -> None:
     """Peak memory is that of the worst rank, named beside minimum and mean; the split is that rank's."""
     record = record_of(rank(0, peak=100), rank(1, peak=300))

@@ -85,7 +85,7 @@ def test_a_pipe_gets_plain_lines(finished: tuple[RunFolder, int, str]) -> None:
     output = finished[2]
     assert "mode measure on cpu" in output
     assert output.count("started\n") == 4
-    assert "[2/4] single  tiny  1025  x2  error  rank 1: the flux capacitor is empty" in output
+    assert "[2/4] single  tiny  1025  x2  act=fail  error  rank 1: the flux capacitor is empty" in output
     assert "\x1b" not in output
 
 
@@ -141,6 +141,34 @@ def test_killing_the_sweep_leaves_no_process(tmp_path: Path, token: str) -> None
     assert output.count("started") == 1
     assert before == done.stat().st_mtime_ns
     assert [read_record(file).status for file in folder.glob("cases/*.json")] == ["ok", "ok"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_ending_a_sweep_of_estimates_leaves_no_process(
+    tmp_path: Path, token: str, number: signal.Signals
+) -> None:
+    """SIGKILL and SIGINT end the estimates under way; --resume completes without repeating a finished case."""
+    folder = tmp_path / "run"
+    process = start_sweep(folder, "ok,hang,hang", token, "--estimate")
+    wait_until(lambda: hanging(folder), seconds=120, what="the second and third case")
+    assert len(alive(token)) >= 5  # the sweep, its supervisor, the server, two estimates
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (128 + number if number == signal.SIGINT else -number), output
+    wait_until(lambda: alive(token) == [], seconds=60, what="the end of all processes")
+    (done,) = folder.glob("cases/*.json")
+    before = done.stat().st_mtime_ns
+    relax(folder)
+
+    resumed = start_sweep(folder, "ok,hang,hang", token, "--resume", "--estimate")
+    output, _ = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, output
+    assert output.count("started\n") == 2
+    assert output.count("(kept)") == 1
+    assert before == done.stat().st_mtime_ns
+    assert [read_record(file).status for file in folder.glob("cases/*.json")] == ["ok"] * 3
+    assert alive(token) == []
 
 
 def relax(folder: Path) -> None:

@@ -39,7 +39,7 @@ A, B = Shape(seq_len=8), Shape(seq_len=16)
 
 @given(world_size=st.integers(1, 16))
 def test_the_matrix_covers_what_it_promises(world_size: int) -> None:
-    """MHA, 4:1, 8:1, few KV heads, head counts that are no power of two, both widths, batches and lengths."""
+    """MHA, 4:1, 8:1, few KV heads, head counts that are no power of two, both widths, batches, lengths; biases."""
     shapes = matrix(world_size)
     ratios = {shape.num_heads // shape.num_kv_heads for shape in shapes}
 
@@ -50,7 +50,11 @@ def test_the_matrix_covers_what_it_promises(world_size: int) -> None:
     assert {1, 2} == {shape.batch_size for shape in shapes}
     assert min(shape.seq_len for shape in shapes) == 2 * world_size
     assert all(shape.seq_len % (2 * world_size) == 0 for shape in shapes)
-    assert {True, False} == {shape.qk_norm for shape in shapes}
+    assert {(shape.qk_norm, shape.attention_bias) for shape in shapes} == {
+        (True, True),
+        (False, True),
+        (False, False),
+    }
     if world_size > 1:
         assert any(shape.num_kv_heads < world_size for shape in shapes)
         assert any(shape.num_heads % world_size for shape in shapes)

@@ -18,9 +18,10 @@ from cpbench.case import STACKS, Case, OptionValue
 from cpbench.method import AttentionWeights, Costs, Method
 from cpbench.model_config import ModelConfig
 from cpbench.resolve import resolve
-from cpbench.runtime.attention_block import Produce, Saved, Which, attention_block
+from cpbench.runtime.attention_block import Produce, Saved, attention_block
 from cpbench.runtime.collectives import all_to_all_heads
 from cpbench.runtime.context import AttentionContext
+from cpbench.runtime.projection import Which
 from cpbench.runtime.ulysses_core import UlyssesCore
 from methods.ulysses import Ulysses
 
@@ -38,9 +39,24 @@ SHAPES: dict[str, dict[str, object]] = {
     "a head a rank, one KV head": {"world": 8, "heads": 8, "kv": 1, "head_dim": 64, "batch": 2},
     "40 heads, a ring of two": {"world": 16, "heads": 40, "kv": 8, "head_dim": 128},
     "one rank": {"world": 1, "heads": 8, "kv": 2, "head_dim": 128},
-    "normalised queries": {"world": 2, "heads": 16, "kv": 4, "head_dim": 128, "qk_norm": True},
+    "normalised queries": {
+        "world": 2,
+        "heads": 16,
+        "kv": 4,
+        "head_dim": 128,
+        "qk_norm": True,
+        "biases": True,
+    },
     "cpu": {"world": 4, "heads": 24, "kv": 6, "head_dim": 128, "device": "cpu"},
-    "cpu, MHA, a batch": {"world": 2, "heads": 8, "kv": 8, "head_dim": 64, "batch": 2, "device": "cpu"},
+    "cpu, MHA, a batch": {
+        "world": 2,
+        "heads": 8,
+        "kv": 8,
+        "head_dim": 64,
+        "batch": 2,
+        "device": "cpu",
+        "biases": True,
+    },
     "cpu, one rank": {"world": 1, "heads": 6, "kv": 2, "head_dim": 64, "device": "cpu"},
 }
 
@@ -64,6 +80,7 @@ def request(
     batch: int = 1,
     device: str = "cuda",
     qk_norm: bool = False,
+    biases: bool = False,
 ) -> Case:
     # In bfloat16 torch's CPU kernel holds more than the forms say.
     dtype = "bfloat16" if device == "cuda" else "float32"
@@ -76,6 +93,7 @@ def request(
         ffn_dim=64,
         vocab_size=64,
         qk_norm=qk_norm,
+        attention_bias=biases,
     )
     row = batch * heads * head_dim * (2 if dtype == "bfloat16" else 4)
     tokens = 2 ** ((FULL_WIDTH // row).bit_length())

@@ -19,22 +19,30 @@ BROKEN = {
     path.stem.replace("_", "-"): path for path in sorted((Path(__file__).parent / "broken").glob("*.py"))
 }
 FOUND_BY = {
+    "broken-bias": {"dbv", "dbv (checkpoint)", "grad norm (plain)"},
     "broken-causality": {"causality", "causality (backward)", "out"},
-    "broken-costs": {"sent (backward)"},
+    "broken-costs": {"sent (forward)", "sent (backward)"},
+    "broken-fpdt-keys": {"dwk", "dx", "dwk (checkpoint)", "grad norm (plain)"},
+    "broken-fpdt-order": {"out", "causality", "causality (backward)", "dwq", "loss (plain)"},
     "broken-head-order": {"out", "out (heads permuted)", "dwo (heads permuted)"},
     "broken-peak": {"peak (forward)", "peak (backward)"},
     "broken-recomputation": {"out (checkpoint)", "dx (attention saved)", "grad norm (long)"},
     "broken-replicas": {"dwk", "dwv", "dx (checkpoint)", "grad norm (plain)"},
-    "broken-ring": {"out", "dx", "causality"},
+    "broken-ring": {"out", "dx", "causality", "sent (forward)"},
+    "broken-ring-home": {"dwk", "dwv", "peak (backward)", "sent (backward)", "grad norm (plain)"},
     "broken-rotation": {"out", "dwq", "loss (plain)", "grad norm (plain)"},
+    "broken-usp-causality": {"out", "causality", "causality (backward)", "loss (plain)"},
 }
-"""Checks that must fail for a fault, among others; of a method that is not named, any."""
+"""Checks that must fail for a fault, among others."""
 NOT_FOUND_BY = {
+    "broken-bias": {"out", "dx", "dwv", "dbq", "dbk", "causality"},
     "broken-causality": {"out (heads permuted)"},
-    "broken-costs": {"out", "dx", "sent (forward)", "grad norm (long)"},
+    "broken-costs": {"out", "dx", "peak (forward)", "grad norm (long)"},
+    "broken-fpdt-keys": {"out", "dwq", "dwv", "causality", "loss (plain)"},
     "broken-peak": {"out", "dx", "sent (forward)", "sent (backward)", "grad norm (long)"},
     "broken-recomputation": {"out", "dx", "dwq", "grad norm (plain)"},
     "broken-replicas": {"out", "causality"},
+    "broken-ring-home": {"out", "dwq", "causality", "sent (forward)"},
 }
 """Checks that do not see a fault, so that what finds it is known."""
 
@@ -144,7 +152,7 @@ def test_bfloat16_errors_stay_near_the_baseline() -> None:
 @pytest.mark.timeout(600)
 def test_planted_faults_are_found() -> None:
     """Each broken method fails by the checks that its fault must show in, and the healthy ones beside them pass."""
-    shape = Shape(head_dim=64, num_kv_heads=2)
+    shape = Shape(head_dim=64, num_kv_heads=2, attention_bias=True)
     report = run(
         Selection(shapes=(shape,), stacks={shape: ("plain", "long")}, counted=frozenset([shape])),
         *("ulysses", "ring", *(name for name in BROKEN if name != "broken-precision")),
@@ -157,9 +165,9 @@ def test_planted_faults_are_found() -> None:
         report
     )
     for name, result in found.items():
-        assert failed(result) >= FOUND_BY.get(name, set()), name
+        assert failed(result) >= FOUND_BY[name], name
         assert not failed(result) & NOT_FOUND_BY.get(name, set()), name
-    assert set(FOUND_BY) <= set(found)
+    assert set(FOUND_BY) == set(found)
 
 
 @pytest.mark.slow

@@ -1,19 +1,22 @@
-"""Any shape on one rank, where a method's schedule of heads and chunks runs without neighbours."""
+"""Any shape on one rank, where a method's schedule of heads and chunks runs without neighbours, and its biases."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from cpbench import registry
 from cpbench.case import STACKS, Case, OptionValue
 from cpbench.parity.rank import ParityRank
 from cpbench.parity.ranks import Ranks
+from cpbench.runtime.projection import Projection, project
 from cpbench.shape import Shape
 from cpbench.verification import Verification
 
@@ -45,6 +48,7 @@ def shapes(draw: st.DrawFn) -> Shape:
         seq_len=draw(st.integers(2, 70)),
         batch_size=draw(st.integers(1, 3)),
         qk_norm=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
         hidden_dim=draw(st.integers(1, 48)) + 24,
     )
 
@@ -84,3 +88,44 @@ def test_any_stage_size_equals_the_reference(shape: Shape, data: st.DataObject) 
     result = check(shape, "upipe", {"stage_heads": data.draw(st.sampled_from(divisors))})
 
     assert result.verdict == "pass", result.reason
+
+
+OWN_PROJECTIONS: tuple[tuple[str, dict[str, OptionValue]], ...] = (
+    ("single", {}),
+    ("fpdt", {"chunk_tokens": 13}),
+    ("upipe", {}),
+    ("upipe", {"published": True}),
+)
+"""Every way to project in the tree."""
+BIASED = Shape(world_size=1, num_heads=8, num_kv_heads=4, seq_len=26, attention_bias=True)
+
+
+@pytest.mark.parametrize(("method", "options"), OWN_PROJECTIONS, ids=str)
+def test_a_gradient_of_a_bias_that_leaves_out_a_token_is_found(
+    monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, OptionValue]
+) -> None:
+    """The twin: it shows in the gradients of all three biases, and in no other."""
+    monkeypatch.setattr("cpbench.runtime.projection._bias_gradient", lambda grad: grad[:-1].sum(0))
+
+    result = check(BIASED, method, options)
+
+    failed = {check.name for check in result.checks if not check.passed}
+    assert {name.split()[0] for name in failed} == {"dbq", "dbk", "dbv"}
+    assert {"dbq", "dbk (checkpoint)", "dbv (attention saved)"} <= failed
+
+
+@pytest.mark.parametrize(("method", "options"), OWN_PROJECTIONS, ids=str)
+def test_a_bias_that_is_not_added_is_found(
+    monkeypatch: pytest.MonkeyPatch, method: str, options: dict[str, OptionValue]
+) -> None:
+    """The twin: the output and the gradients of the weights show it, too."""
+
+    def without(x: Tensor, projection: Projection, head_dim: int) -> Tensor:
+        return project(x, replace(projection, bias=None), head_dim)
+
+    for module in ("cpbench.runtime.attention_block", "methods.fpdt", "methods.upipe"):
+        monkeypatch.setattr(f"{module}.project", without)
+
+    result = check(BIASED, method, options)
+
+    assert {"out", "dwq", "dwk", "dwo"} <= {check.name for check in result.checks if not check.passed}

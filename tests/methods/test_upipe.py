@@ -22,6 +22,7 @@ def case_of(
     heads: int = 32,
     kv_heads: int = 8,
     hidden: int = 4096,
+    biases: bool = False,
     world_size: int = 8,
     seq_len: int = 2**22,
     **changes: Any,  # noqa: ANN401 - fields of a case
@@ -34,6 +35,7 @@ def case_of(
         head_dim=128,
         ffn_dim=2 * hidden,
         vocab_size=1024,
+        attention_bias=biases,
     )
     requested = Case.model_validate(
         {
@@ -99,8 +101,8 @@ def test_every_option_has_its_closed_form(options: Options, kv_heads: int) -> No
 
 
 def test_on_cpu_nothing_waits_for_a_copy() -> None:
-    """There a copy to the host is done when the call returns, so no part is left on its way."""
-    case = case_of("upipe", {}, device="cpu", dtype="float32")
+    """There a copy to the host is done when the call returns, so no part is left on its way; biases weigh nothing."""
+    case = case_of("upipe", {}, biases=True, device="cpu", dtype="float32")
     costs = registry.load("upipe", case.options).costs(case)
     count = counted(case)
 

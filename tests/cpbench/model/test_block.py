@@ -36,6 +36,7 @@ def chain(
         head_dim=8,
         ffn_dim=40,
         vocab_size=31,
+        attention_bias=True,
     )
     case = Case(
         method=method_name,

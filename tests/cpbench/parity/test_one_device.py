@@ -10,7 +10,7 @@ import torch
 from cpbench.case import Case
 from cpbench.model_config import ModelConfig
 from cpbench.parity import one_device
-from cpbench.parity.one_device import block_checks, kernel_findings, main
+from cpbench.parity.one_device import block_checks, kernel_findings, main, method_findings
 from cpbench.parity.thread_ranks import ThreadRanks, Threads
 from cpbench.resolve import resolve
 
@@ -74,6 +74,17 @@ def test_a_kernel_that_is_wrong_or_refuses_fails(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(one_device, "KERNELS", {"cpu": ("cpu-flash",)})
     monkeypatch.setattr(one_device, "_KERNEL_LIMIT", {"float32": 1e-12})
     assert not any(finding.passed for finding in kernel_findings(CPU, "float32"))
+
+
+def test_what_cannot_run_is_a_finding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that needs processes, and an option that a shape does not allow, are not run, with the reason."""
+    monkeypatch.setattr(one_device, "_SHAPES", ((4, 4, 16, 32, 66),))
+    found = list(method_findings(CPU, "float32", ["torch-ring", "ring"]))
+
+    assert {finding.name for finding in found} == {"torch-ring", "ring"}
+    assert {finding.passed for finding in found} == {None}
+    assert any("device mesh" in finding.worst for finding in found)
+    assert any("seq_len=66" in finding.worst for finding in found)
 
 
 def test_the_command_says_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,18 @@ def test_settings_that_differ_are_named() -> None:
     assert any("stack checkpoint" in t and "float32" in t and "nodes: 1, ours 2" in t for t in told)
 
 
+def test_the_kernel_is_that_of_the_method() -> None:
+    """PyTorch's own context_parallel runs torch's own kernel, whatever the other published methods ran."""
+    cases = [
+        make_record(grid_case(method, 2**17), attention_backend="cuda-flash")
+        for method in ("torch-ring", "ring")
+    ]
+
+    told = {(row["Kernel there"], "kernel:" in row["Setting differs in"]) for row in rows(beside(cases))}
+
+    assert told == {("cuda-flash", False), ("FlashAttention-3", True)}
+
+
 def test_measured_cases_are_held_against_reserved_memory() -> None:
     """A GPU's allocator knows what it holds; the CSV names the kind of peak, and the GPU is the published one."""
     record = make_record(grid_case("upipe", 2**17, mode="measure", hardware=None), NODE)

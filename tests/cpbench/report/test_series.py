@@ -78,6 +78,23 @@ def test_modes_and_machines_are_series_of_their_own_and_named() -> None:
     assert "measured on 8x-h100-80gb-hbm3" in overview.subtitle
 
 
+def test_estimates_for_another_host_memory_are_another_line() -> None:
+    """The same machine profile with less memory in its nodes may end a case elsewhere."""
+    cases = [
+        make_case("ring", mode="estimate", device="cuda", hardware="h100-80g", host_memory_bytes=size)
+        for size in (None, 2**40)
+    ]
+
+    labels = [
+        series.label for series in _all_series(_arranged([make_record(case, LAPTOP) for case in cases]))
+    ]
+
+    assert labels == [
+        "ring (estimated for h100-80g)",
+        "ring (estimated for h100-80g with 1.00 TiB of host memory)",
+    ]
+
+
 _MACHINES = st.sampled_from([LAPTOP, NODE, None, LAPTOP.model_copy(update={"host_memory_bytes": 64 * GIB})])
 
 

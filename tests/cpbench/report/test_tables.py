@@ -76,6 +76,22 @@ def test_the_mode_is_always_a_column() -> None:
     )
 
 
+def test_an_emulation_shows_compute_communication_and_the_estimates_error() -> None:
+    """What was measured, what was modelled, and how far the estimate is off; other rows have none of it."""
+    emulated = make_record(make_case("ring", mode="emulate", rank=0)).model_copy(
+        update={
+            "compute_seconds": 0.085,
+            "communication_seconds": 0.012,
+            "peak_allocated_bytes": 1000,
+            "estimated_peak_bytes": 1003,
+        }
+    )
+    table = results_table(_shown([emulated, make_record(make_case("ring"))])[0])
+
+    for title, text in (("Compute", "85 ms"), ("Modelled comm.", "12 ms"), ("Estimate error", "+0.30%")):
+        assert set(_column(table, title)) == {text, "-"}
+
+
 def test_failures_say_case_status_and_reason() -> None:
     """Every case without a plotted number is listed with its reason; the log is apart."""
     found = {(f.case, f.status): f for f in failures(_shown(troubled_records())[0])}

@@ -50,6 +50,7 @@ def case(world_size: int = 1, device: str = "cpu") -> Case:
         ffn_dim=64,
         vocab_size=64,
         qk_norm=True,
+        attention_bias=True,
     )
     return Case.model_validate(
         {
@@ -86,7 +87,7 @@ def surroundings() -> tuple[AttentionContext, WatchedPool]:
 
 
 def inputs() -> list[Tensor]:
-    """x, the six weights of an attention block, and the output's gradient."""
+    """x, the nine weights of an attention block, and the output's gradient."""
     torch.manual_seed(0)
     a = case().architecture
     shapes = [
@@ -97,6 +98,9 @@ def inputs() -> list[Tensor]:
         (a.hidden_dim, a.attention_dim),
         (a.head_dim,),
         (a.head_dim,),
+        (a.attention_dim,),
+        (a.kv_dim,),
+        (a.kv_dim,),
         (2, TOKENS, a.hidden_dim),
     ]
     return [torch.randn(shape) for shape in shapes]
@@ -132,7 +136,7 @@ def test_what_waited_in_host_memory_gives_the_same_gradients(run: object, prefet
 
     ours = run(Offload(prefetch=prefetch), surroundings()[0])
 
-    assert [torch.equal(a, b) for a, b in zip(expected, ours, strict=True)] == [True] * 8
+    assert [torch.equal(a, b) for a, b in zip(expected, ours, strict=True)] == [True] * 11
 
 
 @pytest.mark.parametrize(("prefetch", "early"), [(True, 5), (False, 1)])

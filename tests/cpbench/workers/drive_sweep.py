@@ -1,6 +1,6 @@
 """Runs a sweep of fake cases as a process of its own, so that a test can kill it.
 
-Usage: drive_sweep.py FOLDER ACT[,ACT...] [--resume]
+Usage: drive_sweep.py FOLDER ACT[,ACT...] [--resume] [--estimate]
 """
 
 from __future__ import annotations
@@ -10,32 +10,23 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cpbench.case import Case
+from cpbench.case import Mode
 from cpbench.expand import Plan, ResolvedCase
 from cpbench.mode import ModeChoice
-from cpbench.model_config import PRESETS
 from cpbench.progress import PlainDisplay
 from cpbench.run_folder import RunFolder
 from cpbench.scenario import Scenario
 from cpbench.sweep import Sweep
+from tests.cpbench.workers.harness import FAKE_ESTIMATE, FAKE_WORKER, cold_pool, fake_case
 
 
 def main(folder: str, acts: str, *rest: str) -> int:
-    cases = [
-        Case(
-            method="single",
-            options={"act": act},
-            model="tiny",
-            architecture=PRESETS["tiny"],
-            seq_len=1024 + k,
-            world_size=2,
-            dtype="float32",
-        )
-        for k, act in enumerate(acts.split(","))
-    ]
+    estimate = "--estimate" in rest
+    mode: Mode = "estimate" if estimate else "measure"
+    cases = [fake_case(act, seq_len=1024 + k, mode=mode) for k, act in enumerate(acts.split(","))]
     plan = Plan(
         scenario=Scenario(name="fake"),
-        choice=ModeChoice("measure", "cpu", "a test"),
+        choice=ModeChoice(mode, "cpu", "a test"),
         cases=tuple(ResolvedCase(case=case) for case in cases),
     )
     sweep = Sweep(
@@ -44,7 +35,8 @@ def main(folder: str, acts: str, *rest: str) -> int:
         command=("cpbench", "sweep", "--fake"),
         display=PlainDisplay(plan, Console()),
         resume="--resume" in rest,
-        worker=(str(Path(__file__).with_name("fake_worker.py")),),
+        worker=FAKE_ESTIMATE if estimate else FAKE_WORKER,
+        pool=cold_pool,
     )
     return sweep.run().exit_code
 

@@ -1,6 +1,7 @@
-"""Stands in for `cpbench.worker` under a real torchrun: no torch, and it fails in every way a worker can.
+"""Stands in for `cpbench.worker`: no torch, and it fails in every way a worker can.
 
-What a rank does is the case's option `act`.
+torchrun runs it as a script; a fork of an estimate server imports it and calls `main`.  What it does is the case's
+option `act`; of several ranks it is the last one that fails.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-RANK = int(os.environ["RANK"])
-WORLD = int(os.environ["WORLD_SIZE"])
+RANK = int(os.environ.get("RANK", "0"))
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+LAST = RANK == WORLD - 1
 
 
 def report(losses: tuple[float, ...] = (7.0, 6.9)) -> dict[str, Any]:
@@ -45,15 +47,17 @@ def fail(scratch: Path, status: str, reason: str) -> None:
 
 
 def act(what: str, scratch: Path) -> None:
-    if what == "fail" and RANK == 1:
+    if what == "fail" and LAST:
         fail(scratch, "error", "the flux capacitor is empty")
-    if what == "oom" and RANK == 1:
+    if what == "oom" and LAST:
         fail(scratch, "oom_device", "3.0 GiB more were asked for")
-    if what == "crash" and RANK == 1:
+    if what == "crash" and LAST:
         raise RuntimeError("nobody wrote a failure file")
-    if what == "kill" and RANK == 1:
+    if what == "kill" and LAST:
         os.kill(os.getpid(), signal.SIGKILL)
-    if what in ("kill", "crash", "fail", "oom"):
+    if what == "abort" and LAST:
+        os.abort()
+    if what in ("kill", "abort", "crash", "fail", "oom"):
         time.sleep(60)  # as a rank that waits for its dead peer
     if what == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -77,8 +81,8 @@ def write(path: Path, body: object) -> None:
     temporary.replace(path)
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def main(job_file: str) -> int:
+    job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     scratch, logs = Path(job["scratch"]), Path(job["log_dir"])
     log = os.open(logs / f"rank{RANK}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -92,7 +96,9 @@ def main() -> None:
         body["ranks"][0]["losses"] = [7.0, None]
         write(scratch / "report.json", body)
     elif RANK == 0 and what != "silent":
-        write(scratch / "report.json", report())
+        write(scratch / "report.json", report() | {"gpu": f"process {os.getpid()}"})
+    return 0
 
 
-main()
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

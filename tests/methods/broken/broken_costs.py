@@ -1,4 +1,6 @@
-"""A planted fault: the closed form leaves out that dK and dV take one hop more than K and V, to come home."""
+"""Two planted faults: the closed form has one hop too many for K and V in forward, where they need not come home, and
+leaves out the last hop of dK and dV in backward, which must.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from methods.ring import Ring
 
 @dataclass(frozen=True, kw_only=True)
 class BrokenCosts(Ring):
-    """Ring attention that claims to send less than it does."""
+    """Ring attention that claims to send more in forward and less in backward than it does."""
 
     def costs(self, case: Case) -> Costs:
         """See `cpbench.method.Method.costs`."""
@@ -22,6 +24,7 @@ class BrokenCosts(Ring):
         )
         return replace(
             costs,
+            forward_collective_bytes={"send": forward * ranks // (ranks - 1)},
             backward_collective_bytes={"send": forward + (backward - forward) * (ranks - 1) // ranks},
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,8 +20,7 @@ class BrokenHeadOrder(UPipe):
         a = ctx.case.architecture
         by_head = weights.wo.unflatten(1, (a.num_kv_heads, a.gqa_ratio, a.head_dim))
         wrong = by_head.transpose(1, 2).flatten(1)
-        w = weights
-        return UPipe.attention(self, x, AttentionWeights(w.wq, w.wk, w.wv, wrong, w.q_norm, w.k_norm), ctx)
+        return UPipe.attention(self, x, replace(weights, wo=wrong), ctx)
 
 
 METHOD = BrokenHeadOrder

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cpbench.method import AttentionWeights
-from cpbench.runtime.attention_block import Saved, Take, Which, attention_block
+from cpbench.runtime.attention_block import Saved, Take, attention_block
 from cpbench.runtime.context import AttentionContext
+from cpbench.runtime.projection import Which
 from cpbench.runtime.ulysses_core import UlyssesCore
 from methods.ulysses import Ulysses
 
