@@ -12,15 +12,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from cpbench.case import Case, Stack
-from cpbench.errors import UsageError
+from cpbench.errors import UsageError, without_name
 from cpbench.expand import resolve_cases
 from cpbench.explanation import Anatomy, Explanation, OptionEffect
-from cpbench.hardware import fit, load_hardware
+from cpbench.hardware import fit, load_hardware, pinnable_bytes
 from cpbench.launch import child_environment
 from cpbench.run_folder import RunFolder
 
 _SECONDS = 1800.0
 _SWITCHES = ("tile_mlp", "tile_norm", "tile_loss", "optimizer_offload")
+
+
+class CaseCannotRun(UsageError):
+    """The method refuses the case; other cases may run."""
 
 
 def cases_of_run(folder: Path, names: Sequence[str]) -> tuple[list[Case], tuple[Path, ...]]:
@@ -60,20 +64,21 @@ def explain(
         said: told what runs.
 
     Raises:
-        UsageError: the case cannot run, or an option is wrong.
+        CaseCannotRun: the method refuses it.
+        UsageError: an option is wrong.
     """
     asked = case.model_copy(update={"mode": "estimate"})
-    changes = list(_changed(asked.stack)) if options else []
+    changes = list(_changed(asked.stack, asked.architecture.num_layers)) if options else []
     variants = [asked.model_copy(update={"stack": stack}) for _, _, stack in changes]
     said(f"resolving {case.title}")
     item, *others = resolve_cases([asked, *variants], plugins)
     if item.unsupported:
-        raise UsageError(f"{case.title}: {item.unsupported}")
+        raise CaseCannotRun(f"{case.title}: {without_name(item.unsupported, case.method)}")
     running = [other.case for other in others if not other.unsupported]
     said(f"estimating {case.title}" + (f" and {len(running)} variants of its stack" if running else ""))
     first, *rest = _ask([item.case, *running], plugins)
     if "unsupported" in first:
-        raise UsageError(f"{case.title}: {first['unsupported']}")
+        raise CaseCannotRun(f"{case.title}: {without_name(str(first['unsupported']), case.method)}")
     answers = iter(rest)
     effects = [
         _effect(name, value, {"unsupported": other.unsupported} if other.unsupported else next(answers))
@@ -85,16 +90,18 @@ def explain(
         options=tuple(
             sorted(effects, key=lambda effect: (effect.peak_bytes is None, effect.peak_bytes or 0))
         ),
-        device_bytes=_room(item.case),
+        **_rooms(item.case),
     )
 
 
-def _changed(stack: Stack) -> Iterator[tuple[str, str, Stack]]:
+def _changed(stack: Stack, layers: int) -> Iterator[tuple[str, str, Stack]]:
     """Every option of a stack changed, one at a time; options that another needs are left alone."""
     raw = stack.model_dump()
     other: list[tuple[str, Any]] = [("checkpoint", "none" if stack.checkpoint == "full" else "full")]
     other.append(("offload", "none" if stack.offload == "inputs" else "inputs"))
     other += [(name, not raw[name]) for name in _SWITCHES]
+    if stack.checkpoint == "full":
+        other.append(("save_attention", 0 if stack.save_attention else layers))
     for name, value in other:
         try:
             changed = Stack.model_validate(raw | {name: value})
@@ -111,13 +118,15 @@ def _effect(name: str, value: str, answer: dict[str, Any]) -> OptionEffect:
     )
 
 
-def _room(case: Case) -> int | None:
-    """Bytes that tensors may take on the device of the case's machine profile."""
+def _rooms(case: Case) -> dict[str, int]:
+    """Bytes that tensors may take on the device of the case's machine profile, and pinned host memory of a rank."""
     if case.hardware is None:
-        return None
+        return {}
     hardware = load_hardware(case.hardware)
     overhead = fit(case, hardware, peak_bytes=0, host_bytes=0).device_needed_bytes
-    return int((hardware.usable_memory_bytes - overhead) / (1 + hardware.margin))
+    device = int((hardware.usable_memory_bytes - overhead) / (1 + hardware.margin))
+    on_node = min(case.world_size // case.nodes, hardware.gpus_per_node)
+    return {"device_bytes": device, "host_room_bytes": pinnable_bytes(case, hardware) // on_node}
 
 
 def _ask(cases: Sequence[Case], plugins: Sequence[Path]) -> list[dict[str, Any]]:

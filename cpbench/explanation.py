@@ -104,3 +104,5 @@ class Explanation(BaseModel):
     options: tuple[OptionEffect, ...] = ()
     device_bytes: int | None = None
     """What tensors may take on the machine profile's device; None without a profile."""
+    host_room_bytes: int | None = None
+    """What a rank may pin of its node's host memory; None without a profile."""

@@ -37,6 +37,8 @@ STEP = 65536
 LIMIT = 64 * MIB
 """Longer contexts are not searched for."""
 _STACK = "long"
+_REFUSED = Room(-1, -1)
+"""Room of a length that a method refuses: the search goes on below it."""
 _DIVIDES = re.compile(r"divi(?:de|sib)|multiple of")
 _FIRST_TOKENS = MIB // 8
 """Tokens of a rank that the search starts with."""
@@ -98,6 +100,8 @@ class _Found:
     configuration: Configuration
     bracket: Bracket
     points: dict[int, Point]
+    refused: dict[int, str]
+    """Why the method takes no such length, though it takes others."""
 
 
 @dataclass(slots=True)
@@ -132,8 +136,9 @@ class _Search:
         if self.question.seq_len is not None:
             asked = yield from self._asked(self.question.seq_len, best, configurations)
         longest, beyond = best.bracket.longest, best.bracket.shortest_too_long
-        too_long = None if beyond is None else best.points[beyond]
-        ended = "limit of the search"
+        too_long = None if beyond is None else best.points.get(beyond)
+        refused = None if beyond is None else best.refused.get(beyond)
+        ended = "limit of the search" if refused is None else "divisibility"
         if too_long is not None:
             ended = "device memory" if too_long.status == "oom_device" else "host memory"
         return MethodPlan(
@@ -143,7 +148,7 @@ class _Search:
             longest=best.points[longest] if longest else None,
             too_long=too_long,
             ended_by=ended,
-            reason=None if too_long is None else too_long.reason,
+            reason=refused if too_long is None else too_long.reason,
             points=tuple(point for _, point in sorted(best.points.items())),
         )
 
@@ -200,12 +205,19 @@ class _Search:
         known: Point | None = None,
     ) -> Search[_Found]:
         points = {} if known is None else {known.seq_len: known}
+        refused: dict[int, str] = {}
         search = LengthSearch(unit=self.unit, limit=LIMIT, start=start, slope=slope)
         while (length := search.next_length) is not None:
-            if length not in points:
-                points[length] = yield from self._point(configuration, length)
-            search.add(length, self._room(points[length]))
-        return _Found(configuration, search.found, points)
+            try:
+                if length not in points:
+                    points[length] = yield from self._point(configuration, length)
+                search.add(length, self._room(points[length]))
+            except _FailedError as error:
+                if error.failed or not points:
+                    raise
+                refused[length] = str(error)
+                search.add(length, _REFUSED)
+        return _Found(configuration, search.found, points, refused)
 
     def _room(self, point: Point) -> Room:
         return Room(
@@ -221,7 +233,7 @@ class _Search:
 
     def _ends_by_device(self, best: _Found) -> bool:
         beyond = best.bracket.shortest_too_long
-        return beyond is not None and best.points[beyond].status == "oom_device"
+        return beyond in best.points and best.points[beyond].status == "oom_device"
 
     def _asked(
         self, length: int, best: _Found, configurations: Sequence[Configuration]

@@ -1,27 +1,27 @@
-"""`cpbench explain`: what is alive at the peak of a case, and why; of two cases, side by side."""
+"""`cpbench explain`: what is alive at the peak of a case, and why; of several cases, side by side."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 from rich.text import Text
 
 from cpbench.case import STACKS, Case, Device, Dtype
 from cpbench.cli import flags
+from cpbench.cli.explain_text import print_explanations
 from cpbench.cli.request import check_options
 from cpbench.disk import require_writable
 from cpbench.errors import UsageError
-from cpbench.explain import cases_of_run, explain
+from cpbench.explain import CaseCannotRun, cases_of_run, explain
 from cpbench.explanation import Explanation
-from cpbench.report.explanation import categories, difference, where, write_explanation
+from cpbench.report.explanation import write_explanation
 from cpbench.scenario import build_scenario
-from cpbench.units import format_bytes
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -33,7 +33,7 @@ cpbench explain --method ulysses,upipe --seqlen 4M
 cpbench explain my-run upipe-1M
 """
 _WHAT, _WHERE = "What to explain", "Where it goes"
-_MOST_CASES = 2
+_MOST_CASES = 16
 
 
 def explain_(
@@ -42,7 +42,7 @@ def explain_(
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CASE", help="One or two of its cases: the beginning of a case id is enough."),
+        typer.Argument(metavar="CASE", help="Some of its cases: the beginning of a case id is enough."),
     ] = None,
     method: Annotated[
         list[str] | None,
@@ -126,7 +126,7 @@ def explain_(
         typer.Option("--json", help="Print JSON on standard output; write no files.", rich_help_panel=_WHERE),
     ] = False,
 ) -> None:
-    """Say what is alive at the memory peak of a case, and why; of two cases, side by side."""
+    """Say what is alive at the memory peak of a case, and why; of two or more cases, side by side."""
     axes = {
         "method": flags.methods(method, plugin or ()),
         "model": flags.split("--model", model),
@@ -156,7 +156,7 @@ def explain_(
         chosen = flags.choice("--device", device, get_args(Device))
         cases = build_scenario(raw).expand(mode="estimate", device="cpu" if chosen == "cpu" else "cuda")
     if len(cases) > _MOST_CASES:
-        raise UsageError(f"these are {len(cases)} cases; explain takes one, or two to compare")
+        raise UsageError(f"these are {len(cases)} cases; explain takes at most {_MOST_CASES}")
     if not as_json:
         require_writable(out, flag="--out")
     found = _explained(cases, plugins, options=not no_options)
@@ -164,24 +164,43 @@ def explain_(
         typer.echo(json.dumps([e.model_dump(mode="json") for e in found], indent=1))
         return
     console = Console()
-    for explanation in found:
-        _print(console, explanation)
-    if len(found) > 1:
-        _print_difference(console, found)
+    print_explanations(found, console)
     for path, what in zip(write_explanation(found, out), ("page", "picture"), strict=True):
         console.print(Text(f"{what}: {path}"), soft_wrap=True)
 
 
 def _explained(cases: Sequence[Case], plugins: Sequence[Path], *, options: bool) -> list[Explanation]:
+    """Every case that can run, in order; what runs, and what cannot, shows on standard error."""
     errors = Console(stderr=True)
     if not errors.is_terminal:
-        return [explain(case, plugins, options=options) for case in cases]
+        return _each(cases, plugins, options, lambda words: errors.print(Text(words), soft_wrap=True), errors)
     with errors.status("resolving") as status:
+        return _each(cases, plugins, options, lambda words: status.update(Text(words)), errors)
 
-        def said(words: str) -> None:
-            status.update(Text(words))
 
-        return [explain(case, plugins, options=options, said=said) for case in cases]
+def _each(
+    cases: Sequence[Case],
+    plugins: Sequence[Path],
+    options: bool,
+    said: Callable[[str], None],
+    errors: Console,
+) -> list[Explanation]:
+    found, problems = [], []
+    for number, case in enumerate(cases, start=1):
+        place = f"[{number}/{len(cases)}] " if len(cases) > 1 else ""
+        try:
+            found.append(explain(case, plugins, options=options, said=partial(_placed, said, place)))
+        except CaseCannotRun as error:
+            problems.append(str(error))
+    if not found:
+        raise UsageError("\n  ".join(problems))
+    for problem in problems:
+        errors.print(Text(f"left out: {problem}"), soft_wrap=True)
+    return found
+
+
+def _placed(said: Callable[[str], None], place: str, words: str) -> None:
+    said(place + words)
 
 
 def _folder(text: str, runs: Path) -> Path:
@@ -189,63 +208,3 @@ def _folder(text: str, runs: Path) -> Path:
         if folder.is_dir():
             return folder
     raise UsageError(f"run {text!r} is neither a folder nor a run in {runs}")
-
-
-def _print(console: Console, e: Explanation) -> None:
-    a = e.anatomy
-    console.print(
-        Text(f"\n{e.case.title}: peak {format_bytes(a.peak_bytes)} in {where(a.peak)}", style="bold")
-    )
-    if e.device_bytes is not None:
-        left = e.device_bytes - a.peak_bytes
-        words = f"{format_bytes(left)} to spare" if left >= 0 else f"{format_bytes(-left)} too much"
-        console.print(Text(f"room for tensors on {e.case.hardware}: {format_bytes(e.device_bytes)}, {words}"))
-    table = Table("category", _right("at the peak"), _right("peak without it"), "which lies in", box=None)
-    for c in a.categories:
-        table.add_row(c.name, format_bytes(c.bytes), format_bytes(c.peak_without_bytes), c.phase_without)
-    console.print(table)
-    tensors = Table(
-        _right("bytes"), _right("count"), "tensor", "category", "made by", _right("peak without"), box=None
-    )
-    for t in a.tensors:
-        tensor = " x ".join(str(size) for size in t.shape or ()) + (f" {t.dtype}" if t.dtype else "")
-        tensors.add_row(
-            format_bytes(t.total_bytes),
-            str(t.count),
-            Text(tensor),
-            t.category,
-            Text(t.site),
-            format_bytes(t.peak_without_bytes),
-        )
-    tensors.add_row(format_bytes(a.unlisted_bytes), "", "", "", "smaller ones", "")
-    console.print()
-    console.print(tensors)
-    if e.options:
-        changed = Table("stack option", _right("peak"), _right("difference"), _right("host"), "", box=None)
-        for o in e.options:
-            change = "" if o.peak_bytes is None else difference(o.peak_bytes - a.peak_bytes)
-            changed.add_row(
-                f"{o.option}={o.value}",
-                format_bytes(o.peak_bytes),
-                change,
-                format_bytes(o.host_bytes),
-                Text(o.reason or ""),
-            )
-        console.print()
-        console.print(changed)
-
-
-def _print_difference(console: Console, found: Sequence[Explanation]) -> None:
-    console.print(Text("\nside by side, each at its own peak", style="bold"))
-    table = Table("category", *(_right(e.case.title) for e in found), _right("difference"), box=None)
-    for name, sizes in categories(found):
-        table.add_row(name, *(format_bytes(size) for size in sizes), difference(sizes[1] - sizes[0]))
-    peaks = [e.anatomy.peak_bytes for e in found]
-    table.add_row(
-        "peak", *(format_bytes(size) for size in peaks), difference(peaks[1] - peaks[0]), style="bold"
-    )
-    console.print(table)
-
-
-def _right(title: str) -> Column:
-    return Column(title, justify="right")

@@ -258,7 +258,9 @@ def _numbers(point: Point) -> tuple[str, str, str, str]:
 
 
 def _then(plan: MethodPlan) -> str:
-    return plan.ended_by if plan.too_long is None else _short(plan.too_long)
+    if plan.too_long is not None:
+        return _short(plan.too_long)
+    return f"{plan.ended_by}: {without_name(plan.reason, plan.method)}" if plan.reason else plan.ended_by
 
 
 def _short(point: Point) -> str:

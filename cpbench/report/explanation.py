@@ -1,4 +1,4 @@
-"""The picture and the page of `cpbench explain`: one case, or two side by side."""
+"""The picture and the page of `cpbench explain`: one case, or several side by side."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cpbench.errors import RunFolderError
 from cpbench.explanation import Explanation, Moment
 from cpbench.record import write_text_atomically
+from cpbench.report.explanation_words import categories, difference, limit_words, where, why
 from cpbench.report.palette import category_colors
 from cpbench.units import GIB, format_bytes
 
@@ -30,8 +31,13 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _SOFT,
     "legend.frameon": False,
 }
+_GROUND: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+"""Behind a label that a line may cross."""
 _WIDTH, _HEIGHT, _DPI = 7.6, 3.6, 144
+_COLUMNS = 2
 _NEAR = 25  # moments on each side of the peak
+_LABEL = 0.25
+"""About what part of the width the label of the peak takes."""
 _PHASES = ("forward", "backward", "optimizer")
 
 
@@ -39,7 +45,7 @@ def write_explanation(explanations: Sequence[Explanation], folder: Path) -> tupl
     """Write `explain.html` and `explain.png` into a folder and return their paths.
 
     Args:
-        explanations: one or two.
+        explanations: one or more.
         folder: made if needed.
 
     Raises:
@@ -64,10 +70,11 @@ def write_picture(explanations: Sequence[Explanation], path: Path) -> None:
     from matplotlib.patches import Patch
 
     with mpl.rc_context(_STYLE):
-        count = len(explanations)
-        width = _WIDTH * (1 if count == 1 else 0.78 * count)
-        figure = Figure(figsize=(width, 2 * _HEIGHT), layout="constrained")
-        axes, near = figure.subplots(2, count, sharey=True, squeeze=False)
+        columns = min(len(explanations), _COLUMNS)
+        pairs = -(-len(explanations) // columns)
+        width = _WIDTH * (1 if columns == 1 else 0.78 * columns)
+        figure = Figure(figsize=(width, 2 * _HEIGHT * pairs), layout="constrained")
+        grid = figure.subplots(2 * pairs, columns, sharey=True, squeeze=False)
         sizes: dict[str, int] = {}
         for explanation in explanations:
             for moment in explanation.anatomy.timeline:
@@ -75,12 +82,21 @@ def write_picture(explanations: Sequence[Explanation], path: Path) -> None:
                     sizes[name] = max(size, sizes.get(name, 0))
         colors = category_colors(sizes, most=11)
         top = max(e.anatomy.peak_bytes for e in explanations) / GIB
-        for axis, explanation in zip(axes, explanations, strict=True):
-            _draw(axis, explanation, colors, top)
-        for axis, explanation in zip(near, explanations, strict=True):
-            _draw_near(axis, explanation, colors)
-        near[0].set_ylabel("Tensors on the device (GiB)")
-        axes[0].set_ylabel("Tensors on the device (GiB)")
+        for number in range(pairs * columns):
+            row, column = 2 * (number // columns), number % columns
+            axes, near = grid[row][column], grid[row + 1][column]
+            if number >= len(explanations):
+                axes.set_axis_off()
+                near.set_axis_off()
+                continue
+            _draw(axes, explanations[number], colors, top)
+            _draw_near(near, explanations[number], colors)
+            if column == 0:
+                axes.set_ylabel("Tensors on the device (GiB)")
+                near.set_ylabel("Tensors on the device (GiB)")
+        figure.suptitle(
+            "Memory of one step, estimated over fake tensors", x=0.01, ha="left", fontsize=10, color=_SOFT
+        )
         handles = [
             Patch(facecolor=color, label=name.replace("_", " ")) for name, color in reversed(colors.items())
         ]
@@ -120,7 +136,7 @@ def _draw(axes: Axes, explanation: Explanation, colors: dict[str, str], top: flo
     axes.plot(found.peak.at, peak, marker="v", color=_INK, markersize=7, clip_on=False, zorder=5)
     share = found.peak.at / max(found.events, 1)
     axes.annotate(
-        f"{format_bytes(found.peak_bytes)}\n{where(found.peak)}",
+        f"{format_bytes(found.peak_bytes)}\n{where(found.peak)}".replace(", ", ",\n"),
         (found.peak.at, peak),
         xytext=(8 if share < 0.5 else -8, 4),
         textcoords="offset points",
@@ -128,24 +144,34 @@ def _draw(axes: Axes, explanation: Explanation, colors: dict[str, str], top: flo
         va="bottom",
         fontsize=9,
         fontweight="bold",
+        bbox=_GROUND,
+        zorder=6,
     )
     limit = explanation.device_bytes
     if limit is not None and limit / GIB < 1.6 * top:
         axes.axhline(limit / GIB, color=_LIMIT, linewidth=1.3, linestyle=(0, (5, 2)))
         axes.annotate(
             f"room on {explanation.case.hardware}: {format_bytes(limit)}",
-            (1, limit / GIB),
+            (0 if _free_left(share) else 1, limit / GIB),
             xycoords=axes.get_yaxis_transform(),
-            xytext=(-2, 3),
+            xytext=(2 if _free_left(share) else -2, 3),
             textcoords="offset points",
-            ha="right",
+            ha="left" if _free_left(share) else "right",
             fontsize=8.5,
             color=_LIMIT,
+            bbox=_GROUND,
+            zorder=6,
         )
     highest = top * 1.22 if limit is None or limit / GIB >= 1.6 * top else max(top * 1.22, limit / GIB * 1.08)
     axes.set(xlim=(0, max(found.events, 1)), ylim=(0, highest), xticks=[])
     _mark_phases(axes, found.timeline)
     axes.set_title(explanation.case.title, loc="left", fontsize=11, fontweight="bold", pad=20)
+
+
+def _free_left(share: float) -> bool:
+    """Whether the left end is further from the peak's label: left of a late peak, right of an early one."""
+    begin, end = (share, share + _LABEL) if share < 0.5 else (share - _LABEL, share)
+    return begin > 1 - end
 
 
 def _mark_phases(axes: Axes, timeline: Sequence[Moment]) -> None:
@@ -168,11 +194,6 @@ def _mark_phases(axes: Axes, timeline: Sequence[Moment]) -> None:
         )
 
 
-def where(moment: Moment) -> str:
-    """Return where in the step a moment is, in words."""
-    return f"{moment.phase}, {moment.place}" if moment.place else moment.phase
-
-
 def render(explanations: Sequence[Explanation], picture: bytes) -> str:
     """Return the HTML page: one file that needs no network; text of a case is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -192,21 +213,8 @@ def render(explanations: Sequence[Explanation], picture: bytes) -> str:
         size=format_bytes,
         difference=difference,
         where=where,
+        limits=limit_words,
         categories=categories(explanations),
+        why=why(explanations, [e.case.title for e in explanations]) if len(explanations) == 2 else "",
     )
     return page
-
-
-def categories(explanations: Sequence[Explanation]) -> list[tuple[str, list[int]]]:
-    """Return each category with its bytes at every case's peak, the largest difference or size first."""
-    names = dict.fromkeys(c.name for e in explanations for c in e.anatomy.categories)
-    rows = []
-    for name in names:
-        sizes = [next((c.bytes for c in e.anatomy.categories if c.name == name), 0) for e in explanations]
-        rows.append((name, sizes))
-    return sorted(rows, key=lambda row: -(max(row[1]) - (min(row[1]) if len(explanations) > 1 else 0)))
-
-
-def difference(size: int) -> str:
-    """Return a change of bytes with its sign."""
-    return "±0" if size == 0 else f"{'+' if size > 0 else '-'}{format_bytes(abs(size))}"

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cpbench.case import STACKS, Case, Stack
 from cpbench.cli import app, flags
-from cpbench.cli.plan import _nothing, _print
+from cpbench.cli.plan import _nothing, _print, _then
 from cpbench.context_plan import ContextPlan, MethodPlan, Question
 from cpbench.errors import UsageError
 from cpbench.estimates import Estimate
@@ -243,6 +243,23 @@ def test_numbers_that_a_method_refuses_are_no_question_of_memory() -> None:
             return Estimate(case=case, reason="num_heads=32 is not divisible by world_size=6")
 
     assert only(planned(Refusing(ring=(1, 1, 1)))).ended_by == "divisibility"
+
+
+def test_a_length_that_is_refused_in_the_search_ends_it() -> None:
+    """What was found below stays, and the table says why no more is said of longer ones."""
+
+    class Refusing(MadeUp):
+        def estimate(self, case: Case) -> Estimate:
+            if case.seq_len > 2 * MIB:
+                return Estimate(case=case, reason=f"ring: seq_len={case.seq_len} is not divisible by 7")
+            return super().estimate(case)
+
+    plan = only(planned(Refusing(ring=(10, 10, 1e-5))))
+    assert plan.longest is not None
+    assert plan.longest.seq_len == 2 * MIB
+    assert plan.too_long is None
+    assert plan.ended_by == "divisibility"
+    assert _then(plan) == f"divisibility: seq_len={2 * MIB + STEP} is not divisible by 7"
 
 
 def test_the_command_gives_the_steps_time_enough() -> None:
