@@ -1,9 +1,9 @@
 """The estimate, and one emulated rank, against the allocator: the same step in three worlds, to the byte.
 
-Every method, every stack preset, twelve shapes (two of them emulated), two world sizes, at the smaller one every
-other pair of method and shape. What may differ is what gloo's worker threads free late: that is memory the allocator
-still holds when the next step's peak comes, so a measured peak may be above the exact one on some rank, and never
-below it.
+Every method at twelve shapes (two of them emulated) and in every stack preset, on two ranks and on four: every other
+pair of method and shape on two, the others on four. What may differ is what gloo's worker threads free late: that is
+memory the allocator still holds when the next step's peak comes, so a measured peak may be above the exact one on some
+rank, and never below it. A case that was late on all its ranks is measured again, twice at most.
 
 With CPBENCH_EVERY_PAIR=1 in the environment nothing is left out: every method in every stack preset at every shape, on
 two ranks and on four (432 cases, half an hour on two cores).
@@ -12,7 +12,7 @@ two ranks and on four (432 cases, half an hour on two cores).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tests.cpbench.many_cases import measure
 
 EVERY_PAIR = os.environ.get("CPBENCH_EVERY_PAIR") == "1"
 # The first test of a world size also waits for its real ranks.
+AGAIN = 2
 pytestmark = pytest.mark.timeout(3600 if EVERY_PAIR else 600)
 METHODS = tuple(registry.method_files())
 # heads, KV heads, head_dim, hidden, ffn, layers, batch, tokens a rank, qk-norm, biases
@@ -50,7 +51,7 @@ SHAPES = (
 
 @cache
 def cases(world_size: int) -> tuple[Case, ...]:
-    """Every method at every shape, or on two ranks at every other one; the stack goes round, so that each meets all."""
+    """Every method at every shape, in turn on two and on four ranks; the stack goes round, so that each meets all."""
     return tuple(_cases(world_size))
 
 
@@ -70,7 +71,7 @@ def _cases(world_size: int) -> Iterator[Case]:
             attention_bias=biases,
         )
         for index, method in enumerate(METHODS * len(stacks) if EVERY_PAIR else METHODS):
-            if world_size == 2 and (turn + index) % 2 and not EVERY_PAIR:
+            if (turn + index) % 2 != (world_size == 4) and not EVERY_PAIR:
                 continue
             requested = Case(
                 method=method,
@@ -93,39 +94,61 @@ def measured(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[tuple[Case, list[RankReport]]]:
     found = cases(request.param)
-    limit = 3500 if EVERY_PAIR else 500
-    reports = measure(found, tmp_path_factory.mktemp("measured"), timeout=limit)
-    return list(zip(found, reports, strict=True))
+    return list(zip(found, measured_again(found, tmp_path_factory), strict=True))
+
+
+def measured_again(some: Sequence[Case], folders: pytest.TempPathFactory) -> list[list[RankReport]]:
+    return measure(some, folders.mktemp("measured"), timeout=3500 if EVERY_PAIR else 500)
 
 
 @pytest.mark.slow
 def test_an_emulated_rank_is_what_a_real_one_is(
-    measured: list[tuple[Case, list[RankReport]]], tmp_path: Path
+    measured: list[tuple[Case, list[RankReport]]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Any rank alone: the same peak and host memory, and the same collectives, byte for byte and in order."""
-    wrong, ranks_met = [], set()
     some = [pair for pair in measured if pair[0].architecture.num_kv_heads == 2][: 2 * len(METHODS)]
-    for turn, (case, ranks) in enumerate(some):
-        rank = turn % case.world_size
-        ranks_met.add(rank)
-        real = ranks[rank]
-        (emulated,) = run_case(case.model_copy(update={"mode": "emulate", "rank": rank}), [], tmp_path).ranks
-        peak = emulated.memory.peak_allocated_bytes or 0
-        gap = ((real.memory.peak_allocated_bytes or 0) - peak) / peak
-        # gloo's threads may free late, in the measured run only.
-        late = min(abs((r.memory.peak_allocated_bytes or 0) - peak) / peak for r in ranks)
-        if gap < -0.001 or late > 0.01:
-            wrong.append(f"{case.title} {case.stack} rank {rank}: peak {gap:+.3%}")
-        for name in ("collectives_hash", "collective_bytes", "collective_calls"):
-            if getattr(real, name) != getattr(emulated, name):
-                wrong.append(f"{case.title} {case.stack} rank {rank}: {name}")
-        if real.memory.host_pinned_peak_bytes != emulated.memory.host_pinned_peak_bytes:
-            wrong.append(f"{case.title} {case.stack} rank {rank}: host memory")
-        if None in emulated.losses + emulated.grad_norms:
-            wrong.append(f"{case.title} {case.stack} rank {rank}: not finite")
+    chosen = [turn % case.world_size for turn, (case, _) in enumerate(some)]
+    scratch = tmp_path_factory.mktemp("emulated")
+    emulated = [
+        run_case(case.model_copy(update={"mode": "emulate", "rank": rank}), [], scratch).ranks[0]
+        for (case, _), rank in zip(some, chosen, strict=True)
+    ]
+    wrong, late = _unlike(some, emulated)
+    for _ in range(AGAIN):
+        if not late:
+            break
+        again = [some[place][0] for place in late]
+        for place, reports in zip(late, measured_again(again, tmp_path_factory), strict=True):
+            some[place] = some[place][0], reports
+        wrong, late = _unlike(some, emulated)
+    wrong += [f"{some[place][0].title} {some[place][0].stack}: no rank has its peak" for place in late]
     assert not wrong, "\n".join(wrong)
     assert {case.method for case, _ in some} == {case.method for case, _ in measured}
-    assert ranks_met == set(range(some[0][0].world_size))
+    assert set(chosen) == set(range(some[0][0].world_size))
+
+
+def _unlike(
+    some: Sequence[tuple[Case, list[RankReport]]], emulated: Sequence[RankReport]
+) -> tuple[list[str], list[int]]:
+    """What an emulated rank does otherwise than the real one, in words; and places where every rank freed late."""
+    wrong, late = [], []
+    for place, ((case, ranks), report) in enumerate(zip(some, emulated, strict=True)):
+        real, peak = ranks[report.rank], report.memory.peak_allocated_bytes or 0
+        where = f"{case.title} {case.stack} rank {report.rank}"
+        gap = ((real.memory.peak_allocated_bytes or 0) - peak) / peak
+        if gap < -0.001:
+            wrong.append(f"{where}: peak {gap:+.3%}")
+        # gloo's threads may free late, in the measured run only.
+        if min(abs((r.memory.peak_allocated_bytes or 0) - peak) / peak for r in ranks) > 0.01:
+            late.append(place)
+        for name in ("collectives_hash", "collective_bytes", "collective_calls"):
+            if getattr(real, name) != getattr(report, name):
+                wrong.append(f"{where}: {name}")
+        if real.memory.host_pinned_peak_bytes != report.memory.host_pinned_peak_bytes:
+            wrong.append(f"{where}: host memory")
+        if None in report.losses + report.grad_norms:
+            wrong.append(f"{where}: not finite")
+    return wrong, late
 
 
 @pytest.mark.slow
@@ -145,18 +168,33 @@ def test_another_case_emulated_does_not_pass_for_this_one(
 
 
 @pytest.mark.slow
-def test_the_estimate_is_what_the_allocator_says(measured: list[tuple[Case, list[RankReport]]]) -> None:
+def test_the_estimate_is_what_the_allocator_says(
+    measured: list[tuple[Case, list[RankReport]]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Peak, categories and host memory of the best rank of each case are within 1 % of the estimate."""
-    wrong = []
-    for case, ranks in measured:
+    wrong = far_off(measured)
+    for _ in range(AGAIN):
+        if not wrong:
+            break
+        some = [case for case, _ in wrong]
+        wrong = far_off(list(zip(some, measured_again(some, tmp_path_factory), strict=True)))
+    assert not wrong, "\n".join(
+        f"{case.title} {case.stack} {case.architecture}: {gaps}" for case, gaps in wrong
+    )
+
+
+def far_off(pairs: list[tuple[Case, list[RankReport]]]) -> list[tuple[Case, list[float]]]:
+    """Cases none of whose ranks is near its estimate, with how far off each is."""
+    found = []
+    for case, ranks in pairs:
         gaps: list[float] = []
         for report in ranks:  # one rank is enough; the next is asked only if this one kept something too long
             gaps.append(_gap(case, report))
             if -0.001 <= gaps[-1] <= 0.01:
                 break
-        if not -0.001 <= gaps[-1] <= 0.01:
-            wrong.append(f"{case.title} {case.stack} {case.architecture}: {gaps}")
-    assert not wrong, "\n".join(wrong)
+        else:
+            found.append((case, gaps))
+    return found
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -22,8 +22,8 @@ warmup = 0
 [sweep]
 method = ["single", "ring", "ulysses", "upipe"]
 model = "small"
-seq_len = 416
-world_size = [1, 4]
+seq_len = 208
+world_size = [1, 2]
 dtype = "float32"
 stack = ["checkpoint", "long"]
 
@@ -42,7 +42,7 @@ world_size = 1
 
 [[exclude]]
 method = "single"
-world_size = 4
+world_size = 2
 
 [[exclude]]
 method = ["single", "ring"]

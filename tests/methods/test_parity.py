@@ -113,7 +113,7 @@ def test_every_method_passes_on_four_ranks() -> None:
 def test_every_method_passes_on_eight_ranks() -> None:
     """GQA with fewer KV heads than ranks, heads that are no power of two or do not divide over eight ranks."""
     shapes = matrix(8)
-    report = run(Selection(shapes=(shapes[1], *shapes[3:]), stacks={shapes[1]: ("long",)}))
+    report = run(Selection(shapes=(shapes[1], *shapes[3:])))
 
     assert_all_pass(report)
 
