@@ -81,6 +81,11 @@ class EstimatePool:
         self._running.clear()
 
     @property
+    def warmed(self) -> bool:
+        """Whether its server was started, so that a single job goes there sooner than to a process of its own."""
+        return self._process is not None
+
+    @property
     def free(self) -> int:
         """How many more jobs may be started now."""
         return self.size - len(self._running)

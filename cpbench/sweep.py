@@ -119,13 +119,13 @@ class Sweep:
             yield from self._together(todo, facts, interrupt)
 
     def _pooled(self, kept: dict[str, Record]) -> bool:
-        """Whether a pool pays: it takes longer to be ready than a single process."""
+        """Whether a pool pays: one that is not warm takes longer to be ready than a single process."""
         todo = [
             item
             for item in self.plan.cases
             if not item.unsupported and item.case.case_id not in kept and suits(self._job(item))
         ]
-        return len(todo) > 1
+        return len(todo) > 1 or (len(todo) == 1 and self.pool().warmed)
 
     def _one(self, item: ResolvedCase, facts: dict[str, Any], interrupt: Interrupt) -> Record | None:
         """Run one case and write its record; None when an interrupt came first."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,14 @@ class SweepRequest:
         return bool(self.scenario or self.axes or shaping or self.options or self.stack or self.plugins)
 
 
-def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
+def plan_request(
+    request: SweepRequest, *, parsed: Callable[[Scenario], None] = lambda _: None
+) -> tuple[Plan, Nodes]:
     """Return the plan that a command line asks for, and this machine's place among the nodes.
+
+    Args:
+        request: the flags.
+        parsed: told the scenario before its cases are resolved, which takes some seconds.
 
     Raises:
         UsageError: flags that do not go together, or a plan in which nothing can run.
@@ -68,6 +74,7 @@ def plan_request(request: SweepRequest) -> tuple[Plan, Nodes]:
     if request.slurm:
         scenario = slurm.pinned(scenario)
     nodes = _nodes(scenario, request)
+    parsed(scenario)
     errors = Console(stderr=True)
     waiting = errors.status("resolving the cases") if errors.is_terminal else contextlib.nullcontext()
     with waiting:

@@ -17,9 +17,12 @@ from cpbench.case import STACKS, Device, Dtype, Mode
 from cpbench.cli import flags
 from cpbench.cli.request import SweepRequest, plan_request
 from cpbench.errors import UsageError
-from cpbench.expand import Plan
+from cpbench.estimate_pool import EstimatePool
+from cpbench.expand import Plan, chosen_mode
+from cpbench.machine import usable_cpus
 from cpbench.progress import headline, make_display
 from cpbench.run_folder import RunFolder, checked_name, default_name
+from cpbench.scenario import Scenario
 from cpbench.summary import print_cases, print_summary
 from cpbench.sweep import INCOMPLETE_EXIT, Sweep, SweepResult
 from cpbench.units import parse_bytes
@@ -365,18 +368,26 @@ def _dry_run(request: SweepRequest, as_json: bool) -> int:
 
 def _sweep(request: SweepRequest, as_json: bool) -> int:
     name = None if request.name is None else checked_name(request.name)
-    plan, nodes = plan_request(request)
-    folder = RunFolder(request.runs / (name or default_name(plan.scenario.name, request.runs)))
-    console = Console(stderr=as_json)
-    task = Sweep(
-        plan=plan,
-        folder=folder,
-        command=("cpbench", *sys.argv[1:]),
-        display=make_display(plan, console),
-        resume=request.resume,
-        nodes=nodes,
-    )
-    result = task.run()
+    with EstimatePool() as pool:
+
+        def parsed(scenario: Scenario) -> None:
+            # Loading torch for estimates takes as long as resolving their cases; both at once where there are cores.
+            if usable_cpus() > 1 and chosen_mode(scenario).mode == "estimate":
+                pool.warm()
+
+        plan, nodes = plan_request(request, parsed=parsed)
+        folder = RunFolder(request.runs / (name or default_name(plan.scenario.name, request.runs)))
+        console = Console(stderr=as_json)
+        task = Sweep(
+            plan=plan,
+            folder=folder,
+            command=("cpbench", *sys.argv[1:]),
+            display=make_display(plan, console),
+            resume=request.resume,
+            nodes=nodes,
+            pool=lambda: pool,
+        )
+        result = task.run()
     if as_json:
         typer.echo(json.dumps(_as_json(plan, result), indent=1))
     else:
