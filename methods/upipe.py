@@ -162,8 +162,8 @@ class UPipe:
                         `cpbench.runtime.ring_costs`); sums of dk, dv of earlier turns: 2c
                         (device: P-1 parts of outputs and gradients, and the l still to come; recompute: i parts)
             overlap     the next stage's q: 2m; in a new group also its k, v: 4c
-            published   out: M, forward; out and dout: 2M, backward; every l; q, k, v all projected before any is
-                        sent: 2m + 5c, or 3m + 2c
+            published   out: M, forward; out and dout: 2M, backward (C = 1: a stage has views of them, which the
+                        kernel copies); every l; q, k, v all projected before any is sent: 2m + 5c, or 3m + 2c
         """
         c, r = case.world_size // self.ring_degree, self.ring_degree
         size = HeadBytes.of(case, tokens=case.tokens_per_rank)
@@ -209,9 +209,12 @@ class UPipe:
         return most
 
     def _published_peak(self, case: Case, stages: Stages, *, backward: bool) -> int:
-        unit = _StageBytes.of(case, stages, self.ring_degree)
         schedule = stages.schedule()
         count = len(schedule)
+        alone = (
+            self.ring_degree == case.world_size
+        )  # nothing is exchanged, so nothing is put into other memory
+        unit = _StageBytes.of(case, stages, self.ring_degree, views=alone and count > 1)
         if backward:
             turns = 0 if all(stage.first for stage in schedule) else 2 * unit.kv
             return (2 * unit.q + unit.lse) * count + unit.backward - unit.lse + turns
@@ -342,11 +345,13 @@ class _StageBytes:
     """Buffers of a tensor on its way into head layout: packed and received, or in a group of one the tensor itself."""
 
     @classmethod
-    def of(cls, case: Case, stages: Stages, ring_degree: int) -> _StageBytes:
-        """Return the sizes of a case on one rank."""
+    def of(cls, case: Case, stages: Stages, ring_degree: int, *, views: bool = False) -> _StageBytes:
+        """Return the sizes of a case on one rank; `views`: of out and dout a stage has columns of the whole."""
         degree = case.world_size // ring_degree
         heads, kv_heads = stages.group * stages.per_stage // degree, stages.group // degree
-        shape = RingShape.of(case, ring_degree=ring_degree, heads=heads, kv_heads=kv_heads, kept=True)
+        shape = RingShape.of(
+            case, ring_degree=ring_degree, heads=heads, kv_heads=kv_heads, kept=True, views=views
+        )
         return cls(
             q=shape.q,
             kv=shape.kv,

@@ -20,7 +20,7 @@ from cpbench.runtime.costs import HeadBytes
 from cpbench.verification import Check, Peaks
 
 LIMIT = 0.01
-LENGTHS = ((2**20, 5_000), (2**17, 12_000))
+LENGTHS = ((2**20, 5_000), (2**17, 28_000))
 """Tokens a rank, and the most operators that a rank's block may take there."""
 
 _LARGE_BYTES = 2**32

@@ -38,6 +38,9 @@ class RingShape:
     zigzag: bool = True
     kept: bool = False
     """Whether the caller holds own K/V throughout, where else they are given up at the first hop."""
+    views: bool = False
+    """Whether out and dout are columns of wider tensors that the caller holds: no buffers of their own, but the kernel
+    copies what it takes of them."""
 
     @classmethod
     def of(
@@ -49,6 +52,7 @@ class RingShape:
         kv_heads: int,
         zigzag: bool = True,
         kept: bool = False,
+        views: bool = False,
     ) -> RingShape:
         """Return the shape of a case."""
         return cls(
@@ -62,6 +66,7 @@ class RingShape:
             backend=select_kernels(case).name,
             zigzag=zigzag,
             kept=kept,
+            views=views,
         )
 
     @property
@@ -97,10 +102,11 @@ class RingShape:
     def backward_bytes(self) -> int:
         """Return the most that the backward has in use, inputs and gradients included."""
         m, c = self.q, self.kv
-        first = 4 * m + 4 * c + self.lse + self._inside(backward=True)
+        held = (2 if self.views else 4) * m
+        first = held + 4 * c + self.lse + self._inside(backward=True)
         if self.ring_degree == 1:
             return first
-        later = (4 + self.wide) * m + self._blocks() + 4 * self.wide * c + self.lse
+        later = held + self.wide * m + self._blocks() + 4 * self.wide * c + self.lse
         half = self.tokens // 2
         if not self.zigzag:
             return max(first + 2 * c, later + 2 * c + self._inside(backward=True))
@@ -115,10 +121,11 @@ class RingShape:
         return (4 if self.ring_degree > 2 else 2) * self.kv + (2 * self.kv if self.kept else 0)
 
     def _inside(self, *, queries: int | None = None, keys: int | None = None, backward: bool) -> int:
-        """A, with a copy of what is not contiguous: rows of a batch of several sequences."""
+        """A, with a copy of what is not contiguous: rows of a batch of several sequences, columns of wider tensors."""
         q_shape = (self.batch_size, queries or self.tokens, self.heads, self.head_dim)
         k_shape = (self.batch_size, keys or self.tokens, self.kv_heads, self.head_dim)
         inside = scratch_of(self.backend, q_shape, k_shape, self.element, backward=backward)
-        if backward and queries is not None and self.batch_size > 1:
-            inside += (self.q // 2) * (1 if self.backend == "cpu-flash" else 2)
+        if backward and (self.views or (queries is not None and self.batch_size > 1)):
+            rows = self.q if queries is None else self.q // 2
+            inside += rows * (1 if self.backend == "cpu-flash" else 2)
         return inside

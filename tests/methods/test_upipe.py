@@ -84,6 +84,8 @@ RINGS: list[tuple[Options, int]] = [
     ({"ring_degree": 2}, 4),
     ({"ring_degree": 4, "keep_output": "device", "stage_heads": 8}, 32),
     ({"ring_degree": 8, "overlap": True, "stage_heads": 8}, 8),
+    ({"ring_degree": 8, "published": True, "stage_heads": 8}, 8),  # nothing is exchanged: stages have views
+    ({"ring_degree": 8, "published": True, "stage_heads": 32}, 32),
 ]
 
 
