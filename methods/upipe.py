@@ -55,7 +55,7 @@ from cpbench.runtime.kv_replication import replicas, replicate_heads, sum_replic
 from cpbench.runtime.parts import Parts, Place
 from cpbench.runtime.projection import Projection, ProjectionGradients, Which, head_gradient, project
 from cpbench.runtime.ring_attention import RingAttention
-from cpbench.runtime.ring_costs import RingShape
+from cpbench.runtime.ring_costs import RingShape, Views
 
 KEEP = ("auto", "host", "device", "recompute")
 
@@ -211,10 +211,10 @@ class UPipe:
     def _published_peak(self, case: Case, stages: Stages, *, backward: bool) -> int:
         schedule = stages.schedule()
         count = len(schedule)
-        alone = (
-            self.ring_degree == case.world_size
-        )  # nothing is exchanged, so nothing is put into other memory
-        unit = _StageBytes.of(case, stages, self.ring_degree, views=alone and count > 1)
+        views: Views = "none"
+        if self.ring_degree == case.world_size:  # nothing is exchanged, so nothing is put into other memory
+            views = "columns" if count > 1 else "whole"
+        unit = _StageBytes.of(case, stages, self.ring_degree, views=views)
         if backward:
             turns = 0 if all(stage.first for stage in schedule) else 2 * unit.kv
             return (2 * unit.q + unit.lse) * count + unit.backward - unit.lse + turns
@@ -345,8 +345,8 @@ class _StageBytes:
     """Buffers of a tensor on its way into head layout: packed and received, or in a group of one the tensor itself."""
 
     @classmethod
-    def of(cls, case: Case, stages: Stages, ring_degree: int, *, views: bool = False) -> _StageBytes:
-        """Return the sizes of a case on one rank; `views`: of out and dout a stage has columns of the whole."""
+    def of(cls, case: Case, stages: Stages, ring_degree: int, *, views: Views = "none") -> _StageBytes:
+        """Return the sizes of a case on one rank; `views`: what a stage has of out and dout."""
         degree = case.world_size // ring_degree
         heads, kv_heads = stages.group * stages.per_stage // degree, stages.group // degree
         shape = RingShape.of(

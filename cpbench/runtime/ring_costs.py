@@ -17,9 +17,12 @@ one at the last step.  The rank that needs most counts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cpbench.case import Case
 from cpbench.runtime.kernels import scratch_of, select_kernels
+
+Views = Literal["none", "columns", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,9 @@ class RingShape:
     zigzag: bool = True
     kept: bool = False
     """Whether the caller holds own K/V throughout, where else they are given up at the first hop."""
-    views: bool = False
-    """Whether out and dout are columns of wider tensors that the caller holds: no buffers of their own, but the kernel
-    copies what it takes of them."""
+    views: Views = "none"
+    """Whether out and dout are tensors that the caller holds (whole), or columns of such, of which the kernel copies
+    what it takes."""
 
     @classmethod
     def of(
@@ -52,7 +55,7 @@ class RingShape:
         kv_heads: int,
         zigzag: bool = True,
         kept: bool = False,
-        views: bool = False,
+        views: Views = "none",
     ) -> RingShape:
         """Return the shape of a case."""
         return cls(
@@ -102,7 +105,7 @@ class RingShape:
     def backward_bytes(self) -> int:
         """Return the most that the backward has in use, inputs and gradients included."""
         m, c = self.q, self.kv
-        held = (2 if self.views else 4) * m
+        held = (4 if self.views == "none" else 2) * m
         first = held + 4 * c + self.lse + self._inside(backward=True)
         if self.ring_degree == 1:
             return first
@@ -125,7 +128,7 @@ class RingShape:
         q_shape = (self.batch_size, queries or self.tokens, self.heads, self.head_dim)
         k_shape = (self.batch_size, keys or self.tokens, self.kv_heads, self.head_dim)
         inside = scratch_of(self.backend, q_shape, k_shape, self.element, backward=backward)
-        if backward and (self.views or (queries is not None and self.batch_size > 1)):
+        if backward and (self.views == "columns" or (queries is not None and self.batch_size > 1)):
             rows = self.q if queries is None else self.q // 2
             inside += rows * (1 if self.backend == "cpu-flash" else 2)
         return inside
