@@ -87,7 +87,9 @@ class TextTable:
                 break
         room = width - used - gap
         notes = [_text(row.note) for row in self._rows if row.note]
-        longest = max((cell_len(note.plain) for note in notes), default=0)
+        if not notes:
+            return gap, narrow, used, False
+        longest = max(cell_len(self._note), *(cell_len(note.plain) for note in notes))
         beside = longest <= room or (
             room >= _LEAST_NOTE and longest <= _BESIDE_LINES * room - _LEAST_NOTE // 2
         )
