@@ -185,4 +185,5 @@ def _ticks(axes: Axes, ticks: Sequence[int], label: str) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:  # none where nothing fits on so many ranks
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, fontsize=9)
