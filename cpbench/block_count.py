@@ -107,16 +107,7 @@ def _total(timeline: Timeline, scope: str) -> int:
 def _inputs(case: Case) -> tuple[Tensor, AttentionWeights]:
     a, dtype = case.architecture, DTYPES[case.dtype]
     x = torch.empty(case.batch_size, case.tokens_per_rank, a.hidden_dim, dtype=dtype)
-    shapes: dict[str, tuple[int, ...]] = {
-        "wq": (a.attention_dim, a.hidden_dim),
-        "wk": (a.kv_dim, a.hidden_dim),
-        "wv": (a.kv_dim, a.hidden_dim),
-        "wo": (a.hidden_dim, a.attention_dim),
-    }
-    if a.qk_norm:
-        shapes |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
-    if a.attention_bias:
-        shapes |= {"bq": (a.attention_dim,), "bk": (a.kv_dim,), "bv": (a.kv_dim,)}
+    shapes = a.attention_shapes()
     return x, AttentionWeights(**{name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()})
 
 

@@ -171,13 +171,8 @@ class _Run:
 
     def _leaves(self) -> dict[str, Tensor]:
         a, dtype = self.case.architecture, DTYPES[self.case.dtype]
-        shapes = {
-            "x": (self.case.batch_size, self.case.tokens_per_rank, a.hidden_dim),
-            "wq": (a.attention_dim, a.hidden_dim),
-            "wk": (a.kv_dim, a.hidden_dim),
-            "wv": (a.kv_dim, a.hidden_dim),
-            "wo": (a.hidden_dim, a.attention_dim),
-        }
+        rows = (self.case.batch_size, self.case.tokens_per_rank, a.hidden_dim)
+        shapes: dict[str, tuple[int, ...]] = {"x": rows} | a.attention_shapes()
         generator = torch.Generator().manual_seed(self.case.seed)
         made = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
         return {name: t.to(dtype).requires_grad_() for name, t in made.items()}

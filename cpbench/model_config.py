@@ -81,6 +81,20 @@ class ModelConfig(BaseModel):
         """Width of all query heads together, H x e."""
         return self.num_heads * self.head_dim
 
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of an attention block's parameters, by their names in `cpbench.method.AttentionWeights`."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "wq": (self.attention_dim, self.hidden_dim),
+            "wk": (self.kv_dim, self.hidden_dim),
+            "wv": (self.kv_dim, self.hidden_dim),
+            "wo": (self.hidden_dim, self.attention_dim),
+        }
+        if self.qk_norm:
+            shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
+        if self.attention_bias:
+            shapes |= {"bq": (self.attention_dim,), "bk": (self.kv_dim,), "bv": (self.kv_dim,)}
+        return shapes
+
     @property
     def kv_dim(self) -> int:
         """Width of all key heads together, Hkv x e."""

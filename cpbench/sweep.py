@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ class Sweep:
     resume: bool = False
     nodes: Nodes = ONE_NODE
     worker: Sequence[str] = WORKER
-    pool: Callable[[], EstimatePool] = EstimatePool
-    """Makes what runs estimates at the same time."""
+    pool: EstimatePool = field(default_factory=EstimatePool)
+    """Runs estimates at the same time; entered and left once."""
 
     def run(self) -> SweepResult:
         """Run every case that has no final record yet.
@@ -125,7 +125,7 @@ class Sweep:
             for item in self.plan.cases
             if not item.unsupported and item.case.case_id not in kept and suits(self._job(item))
         ]
-        return len(todo) > 1 or (len(todo) == 1 and self.pool().warmed)
+        return len(todo) > 1 or (len(todo) == 1 and self.pool.warmed)
 
     def _one(self, item: ResolvedCase, facts: dict[str, Any], interrupt: Interrupt) -> Record | None:
         """Run one case and write its record; None when an interrupt came first."""
@@ -141,7 +141,7 @@ class Sweep:
         """Run estimates, several at a time, and yield their records as they end."""
         waiting = list(reversed(items))
         running: dict[str, tuple[ResolvedCase, str, int]] = {}
-        with self.pool() as pool:
+        with self.pool as pool:
             while (waiting or running) and not interrupt.came:
                 while waiting and pool.free:
                     item = waiting.pop()

@@ -277,7 +277,7 @@ def _words(configuration: Configuration) -> str:
 
 
 def _uncertainty(found: ContextPlan) -> float | None:
-    points = [plan.longest for plan in found.methods if plan.longest is not None]
+    points = [point for plan in found.methods for point in (plan.longest, plan.asked) if point is not None]
     return next((point.uncertainty for point in points if point.uncertainty is not None), None)
 
 
@@ -339,7 +339,7 @@ def _nothing(found: ContextPlan) -> str:
     longest = max((plan.longest.seq_len for plan in found.methods if plan.longest), default=0)
     shorter = f", or train {format_length(longest)} at most" if longest else ""
     return (
-        f"nothing fits {format_length(q.seq_len)}; the nearest is short of {_short(nearest)}. "
+        f"nothing fits {format_length(q.seq_len)}; the nearest lacks {_short(nearest).removesuffix(' short')}. "
         f"Use more ranks (--world {2 * max(q.worlds)}), more host memory, a larger --hardware{shorter}"
     )
 

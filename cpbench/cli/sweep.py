@@ -385,7 +385,7 @@ def _sweep(request: SweepRequest, as_json: bool) -> int:
             display=make_display(plan, console),
             resume=request.resume,
             nodes=nodes,
-            pool=lambda: pool,
+            pool=pool,
         )
         result = task.run()
     if as_json:

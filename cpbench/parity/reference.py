@@ -21,18 +21,8 @@ NO_WEIGHTS = ("x", "dout")
 def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
     """Return x, dout `[b, s, d]` and the weights of one block, the same on every rank, in the case's dtype."""
     a, b, s = case.architecture, case.batch_size, case.seq_len
-    shapes: dict[str, tuple[int, ...]] = {
-        "x": (b, s, a.hidden_dim),
-        "dout": (b, s, a.hidden_dim),
-        "wq": (a.attention_dim, a.hidden_dim),
-        "wk": (a.kv_dim, a.hidden_dim),
-        "wv": (a.kv_dim, a.hidden_dim),
-        "wo": (a.hidden_dim, a.attention_dim),
-    }
-    if a.qk_norm:
-        shapes |= {"q_norm": (a.head_dim,), "k_norm": (a.head_dim,)}
-    if a.attention_bias:
-        shapes |= {"bq": (a.attention_dim,), "bk": (a.kv_dim,), "bv": (a.kv_dim,)}
+    rows = (b, s, a.hidden_dim)
+    shapes: dict[str, tuple[int, ...]] = {"x": rows, "dout": rows} | a.attention_shapes()
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(stream_id(case.seed, f"parity/{name}") % 2**63)

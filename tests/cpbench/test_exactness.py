@@ -6,7 +6,7 @@ memory the allocator still holds when the next step's peak comes, so a measured 
 rank, and never below it. A case that was late on all its ranks is measured again, twice at most.
 
 With CPBENCH_EVERY_PAIR=1 in the environment nothing is left out: every method in every stack preset at every shape, on
-two ranks and on four (432 cases, half an hour on two cores).
+two ranks and on four (432 cases).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cpbench.case import STACKS, Case, Stack
 from cpbench.cli import app, flags
-from cpbench.cli.plan import _nothing, _print, _then
+from cpbench.cli.plan import _nothing, _print, _then, _uncertainty
 from cpbench.context_plan import ContextPlan, MethodPlan, Question
 from cpbench.errors import UsageError
 from cpbench.estimates import Estimate
@@ -345,6 +345,19 @@ def test_a_picture_is_drawn(tmp_path: Path, worlds: tuple[int, ...]) -> None:
     picture = write_plan_picture(found, tmp_path / "plan.png")
 
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_times_of_what_does_not_fit_have_an_uncertainty_too() -> None:
+    """Where nothing fits, the times shown at the length asked for are not said to be missing."""
+    found = planned(MadeUp(ring=(1e9, 1, 1e-4)), seq_len=2**20)
+    (plan,) = found.methods
+    assert plan.longest is None
+    assert plan.asked is not None
+    asked = plan.asked.model_copy(update={"uncertainty": 0.15})
+
+    told = found.model_copy(update={"methods": (plan.model_copy(update={"asked": asked}),)})
+
+    assert (_uncertainty(found), _uncertainty(told)) == (None, 0.15)
 
 
 def test_a_picture_of_nothing_that_runs_is_drawn(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def main(folder: str, acts: str, *rest: str) -> int:
         display=PlainDisplay(plan, Console()),
         resume="--resume" in rest,
         worker=FAKE_ESTIMATE if estimate else FAKE_WORKER,
-        pool=cold_pool,
+        pool=cold_pool(),
     )
     return sweep.run().exit_code
 
