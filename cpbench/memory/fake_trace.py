@@ -23,12 +23,11 @@ from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cpbench.memory.frames import FSDP, is_ours
 from cpbench.memory.timeline import Allocation, Event, Timeline
 from cpbench.runtime.kernels import scratch_bytes
 from cpbench.runtime.recorder import Recorder
 
-_FSDP = "torch/distributed/fsdp/"
-_OURS = ("/cpbench/", "/methods/")
 _PLUMBING = (
     "/runtime/collectives.py",
     "/runtime/kernels.py",
@@ -220,12 +219,12 @@ def _site(frame: FrameType | None) -> str:
     depth = 0
     while frame is not None and depth < 60 and not ours:
         name = frame.f_code.co_filename
-        if _FSDP in name and not fsdp.startswith("FSDP::reduce"):
+        if FSDP in name and not fsdp.startswith("FSDP::reduce"):
             reduce = any(part in frame.f_code.co_name for part in _REDUCE)
             fsdp = "FSDP::reduce" if reduce else "FSDP::all_gather"
         elif frame.f_code.co_name in _BETWEEN or name == __file__:
             pass
-        elif any(part in name for part in _OURS):
+        elif is_ours(name):
             line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
             if name.endswith(_PLUMBING):
                 plumbing = plumbing or line

@@ -25,14 +25,13 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 from torch.distributed.tensor import DTensor
 
 from cpbench.memory.fake_trace import FakeTrace
+from cpbench.memory.frames import FSDP, is_ours
 from cpbench.memory.timeline import Allocation
 from cpbench.runtime.collectives import CollectiveLog
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.tiles import tile_times
 from cpbench.timing.operation import Operation, Stream, Work
 
-_FSDP = "torch/distributed/fsdp/"
-_OURS = ("/cpbench/", "/methods/")
 _MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 _FREE = frozenset(
     {
@@ -343,15 +342,11 @@ def _fsdp() -> str | None:
     found = None
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
-        if _FSDP in file:
+        if FSDP in file:
             found = "gather" if found != "reduce" else found
             if any(part in name for part in ("post_backward", "foreach_reduce", "reduce_scatter")):
                 found = "reduce"
-        elif (
-            name not in ("__torch_dispatch__", "ran")
-            and not name.startswith("_")
-            and any(p in file for p in _OURS)
-        ):
+        elif name not in ("__torch_dispatch__", "ran") and not name.startswith("_") and is_ours(file):
             return found
         frame = frame.f_back
     return found
