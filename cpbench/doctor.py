@@ -115,7 +115,7 @@ def _probe() -> dict[str, Any]:
             text=True,
             timeout=_PROBE_SECONDS,
             check=False,
-            env=child_environment("cpu", None, single_node=True),
+            env=child_environment(None, single_node=True),
         )
     except subprocess.TimeoutExpired:
         return {"problem": f"torch did not answer within {_PROBE_SECONDS:.0f} s"}

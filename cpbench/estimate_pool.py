@@ -110,7 +110,7 @@ class EstimatePool:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 pass_fds=(theirs.fileno(),),
-                env=child_environment("cpu", None, single_node=True) | dict.fromkeys(_ONE_THREAD, "1"),
+                env=child_environment(None, single_node=True) | dict.fromkeys(_ONE_THREAD, "1"),
                 start_new_session=True,
             )
         self._channel, self._log, self._unread = ours, log, b""

@@ -125,7 +125,7 @@ def resolve_cases(cases: Sequence[Case], plugins: Sequence[Path]) -> list[Resolv
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=child_environment("cpu", None, single_node=True),
+        env=child_environment(None, single_node=True),
         timeout=_RESOLVE_SECONDS,
         check=False,
     )

@@ -144,7 +144,7 @@ def _ask(cases: Sequence[Case], plugins: Sequence[Path]) -> list[dict[str, Any]]
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=child_environment("cpu", None, single_node=True),
+        env=child_environment(None, single_node=True),
         timeout=_SECONDS,
         check=False,
     )

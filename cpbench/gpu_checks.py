@@ -1,10 +1,13 @@
 """`make gpu`: what one GPU can show in a few minutes, as records and a short table.
 
-    python -m cpbench.gpu_checks --out runs/gpu-checks [--skip parity] [--skip sweep] [--skip throughput]
+    python -m cpbench.gpu_checks --out runs/gpu-checks [--skip STEP ...]
 
     parity        every attention kernel, and every method's attention with its ranks as threads on the device
+    rates         single operations, beside the time model's rates of the profile
+    verify        `cpbench verify` of every method, with ranks as processes that share the device
+    measured      training steps of a world of one under torchrun, and the signed error of the estimate of its peak
+    throughput    the compute of two methods of an emulated rank, more steps
     sweep         one emulated rank, all methods, shorter lengths first; the signed error of the estimate of its peak
-    throughput    the compute of two methods, more steps
 
 Each step has its own limit and all have one together; what a step found before its limit counts.  Nothing needs a
 network.  `--device cpu` with a small model and `--dtype float32` runs the same without a GPU.
@@ -19,20 +22,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cpbench import registry
 from cpbench.errors import CpbenchError
 from cpbench.launch import child_environment
 from cpbench.machine import visible_gpus
+from cpbench.rate_probe import RateProbe, RateProbes
 from cpbench.record import Record, read_record
 from cpbench.supervise import GRACE_SECONDS
 from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds, parse_length
 
-STEPS = ("parity", "sweep", "throughput")
-_MADE = ("sweep-*", "throughput", "parity.json", "records.jsonl", "table.txt")
+_MADE = (
+    "sweep-*",
+    "throughput",
+    "measured",
+    "estimated",
+    "*.json",
+    "records.jsonl",
+    "table.txt",
+)
 _ALONE = "single"
 """The method of one rank: it does not belong in a sweep over a world."""
 BAR = (-0.01, 0.03)
@@ -57,6 +69,8 @@ class Checks:
     given: argparse.Namespace
     deadline: float
     failed: bool = False
+    took: dict[str, float] = field(default_factory=dict)
+    """Seconds of each step that ran."""
 
     def parity(self) -> None:
         """Check kernels and methods."""
@@ -65,6 +79,33 @@ class Checks:
         command += [item for name in self.given.method for item in ("--method", name)]
         if self._run(command, self.given.parity_limit) != 0:
             self.failed = True
+
+    def rates(self) -> None:
+        """Time single operations."""
+        command = ["-m", "cpbench.timing.probe_rates", "--device", self.given.device]
+        command += ["--hardware", self.given.hardware, "--out", str(self.given.out / "rates.json")]
+        command += ["--scale", str(self.given.scale)]
+        if self._run(command, self.given.rates_limit) != 0:
+            self.failed = True
+
+    def verify(self) -> None:
+        """Check methods with real processes, which share the device where there are fewer."""
+        command = ["-m", "cpbench", "verify", "--quick", "--json", "--device", self.given.device]
+        command += ["--dtype", self.given.dtype, "--timeout", f"{self.given.verify_limit:.0f}"]
+        command += ["--world", str(self.given.verify_world)]
+        command += [item for name in self.given.method for item in ("--method", name)]
+        if self._run(command, self.given.verify_limit + 20, output=self.given.out / "verify.json") != 0:
+            self.failed = True
+
+    def measured(self) -> None:
+        """Train in a world of one, as `cpbench sweep` measures, and estimate the same."""
+        methods = tuple(self.given.method) or tuple(registry.method_files())
+        length = (self.given.measured_length,)
+        end = time.monotonic() + self.given.measured_limit
+        for name, mode in (("measured", "measure"), ("estimated", "estimate")):
+            sweep = Sweep(name=name, lengths=length, methods=methods, layers=self.given.layers)
+            if self._sweep(sweep, end - time.monotonic(), mode=mode) != 0:
+                self.failed = True
 
     def sweep(self) -> None:
         """Run what the lengths ask for, the shortest first, so that a limit costs the longest."""
@@ -104,6 +145,34 @@ class Checks:
                 layers=self.given.layers if position == 0 else 1,
             )
 
+    def measured_errors(self) -> dict[str, float]:
+        """Return, by method, the signed error of the estimate of what was measured."""
+        estimates = {r.method: r.peak_allocated_bytes for r in self.records("estimated") if r.status == "ok"}
+        return {
+            r.method: (estimates[r.method] or 0) / r.peak_allocated_bytes - 1
+            for r in self.records("measured")
+            if r.status == "ok" and r.peak_allocated_bytes and r.method in estimates
+        }
+
+    def verdicts(self) -> dict[str, list[tuple[str, str]]]:
+        """Return, by verdict, the methods that `cpbench verify` found so, with the reason."""
+        try:
+            report = json.loads((self.given.out / "verify.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        found: dict[str, list[tuple[str, str]]] = {}
+        for method in report["methods"]:
+            words = " ".join([method["method"], *(f"{k}={v}" for k, v in method["given"].items())])
+            found.setdefault(method["verdict"], []).append((words, method["reason"] or ""))
+        return found
+
+    def probes(self) -> list[RateProbe]:
+        """Return what the rates step has measured."""
+        try:
+            return RateProbes.validate_json((self.given.out / "rates.json").read_bytes())
+        except (OSError, ValueError):
+            return []
+
     def findings(self) -> list[dict[str, object]]:
         """Return what the parity step has found."""
         try:
@@ -127,11 +196,15 @@ class Checks:
         path: Path = self.given.out / "parity.json"
         return path
 
-    def _sweep(self, sweep: Sweep, limit: float) -> int | None:
+    def _sweep(self, sweep: Sweep, limit: float, mode: str = "emulate") -> int | None:
         given = self.given
-        command = ["-m", "cpbench", "sweep", "--mode", "emulate", "--device", given.device]
-        command += ["--model", given.model, "--world", str(given.world), "--dtype", given.dtype]
-        command += ["--hardware", given.hardware, "--rank", str(given.rank), "--layers", str(sweep.layers)]
+        command = ["-m", "cpbench", "sweep", "--mode", mode, "--device", given.device]
+        command += ["--model", given.model, "--dtype", given.dtype, "--layers", str(sweep.layers)]
+        if mode == "emulate":
+            command += ["--rank", str(given.rank)]
+        if mode != "measure":
+            command += ["--hardware", given.hardware]
+        command += ["--world", str(given.world if mode == "emulate" else 1)]
         command += ["--method", ",".join(sweep.methods), "--seqlen", ",".join(sweep.lengths)]
         command += [
             "--steps",
@@ -145,14 +218,17 @@ class Checks:
         ]
         return self._run(command, limit)
 
-    def _run(self, command: Sequence[str], limit: float) -> int | None:
-        """Run a step of ours; None when its limit came first."""
+    def _run(self, command: Sequence[str], limit: float, output: Path | None = None) -> int | None:
+        """Run a step of ours, its output to a file if one is given; None when its limit came first."""
         limit = min(limit, self.deadline - time.monotonic())
         if limit <= 0:
             self._say("no time left")
             return None
-        environment = child_environment(self.given.device, 1, single_node=True)
-        process = subprocess.Popen([sys.executable, *command], env=environment, start_new_session=True)
+        environment = child_environment(1, single_node=True)
+        with output.open("wb") if output else nullcontext() as stdout:
+            process = subprocess.Popen(
+                [sys.executable, *command], env=environment, start_new_session=True, stdout=stdout
+            )
         try:
             return process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -186,6 +262,25 @@ def table(checks: Checks) -> str:
         verdict = f"FAIL: {', '.join(bad)}" if bad else "pass"
         lines.append(f"  {kind}s  {', '.join(names) or '-'}  {verdict if names else 'not run'}")
     lines += [f"  not run: {name}: {why}" for name, why in left_out.items()]
+    lines += [
+        "",
+        "rates",
+        *(f"  {line}" for line in [p.line for p in checks.probes()] or ["not run"]),
+    ]
+    lines += ["", "verify, ranks as processes"]
+    for verdict, methods in checks.verdicts().items() or [("not run", [])]:
+        lines.append(f"  {verdict}  {', '.join(name for name, _ in methods)}")
+        lines += [f"    {name}: {why}" for name, why in methods if verdict != "pass" and why]
+    lines += ["", f"a world of one, measured, {checks.given.model}, {checks.given.layers} layers"]
+    errors = checks.measured_errors()
+    for r in checks.records("measured") or []:
+        error = errors.get(r.method)
+        mark = "" if _within(error) else " !"
+        peak, took = format_bytes(r.peak_allocated_bytes), format_seconds(r.step_seconds)
+        lines.append(
+            f"  {r.method}  {format_length(r.seq_len)}  {r.status}  {peak}  {format_error(error)}{mark}  {took}"
+        )
+    lines += [] if checks.records("measured") else ["  not run"]
     lines += ["", f"one rank of {checks.given.world}, emulated, {checks.given.model}"]
     head = ("method", "length", "layers", "status", "peak", "estimate", "error", "compute")
     rows = [_row(record) for record in checks.records("sweep")]
@@ -201,13 +296,17 @@ def table(checks: Checks) -> str:
     first, second = checks.given.compare
     if first in rates and second in rates:
         lines.append(f"  {first} / {second} = {rates[first] / rates[second]:.3f}")
+    lines += ["", "took " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in checks.took.items())]
     return "\n".join(lines) + "\n"
 
 
 def outside(record: Record) -> bool:
     """Return whether the estimate of a record's peak is further off than it may be."""
-    error = record.estimate_error
-    return error is not None and not BAR[0] <= error <= BAR[1]
+    return not _within(record.estimate_error)
+
+
+def _within(error: float | None) -> bool:
+    return error is None or BAR[0] <= error <= BAR[1]
 
 
 def _left_out(findings: Sequence[dict[str, object]]) -> dict[str, str]:
@@ -236,6 +335,16 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+_STEPS: dict[str, Callable[[Checks], None]] = {
+    "parity": Checks.parity,
+    "rates": Checks.rates,
+    "verify": Checks.verify,
+    "measured": Checks.measured,
+    "throughput": Checks.throughput,
+    "sweep": Checks.sweep,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the steps, print the table, and return the exit code.
 
@@ -250,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=Path("runs/gpu-checks"),
         help="folder; what an earlier call left there is removed",
     )
-    parser.add_argument("--skip", action="append", default=[], choices=STEPS)
+    parser.add_argument("--skip", action="append", default=[], choices=_STEPS)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--model", default="llama3-8b")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -266,6 +375,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parity-limit", type=float, default=120.0)
     parser.add_argument("--sweep-limit", type=float, default=400.0)
     parser.add_argument("--throughput-limit", type=float, default=100.0)
+    parser.add_argument("--rates-limit", type=float, default=60.0)
+    parser.add_argument("--verify-limit", type=float, default=120.0)
+    parser.add_argument("--verify-world", type=int, default=4)
+    parser.add_argument("--measured-limit", type=float, default=100.0)
+    parser.add_argument("--measured-length", default="32K")
+    parser.add_argument("--scale", type=int, default=1, help="divides the sizes of the rates step")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not visible_gpus()[0]:
         sys.stderr.write(
@@ -279,12 +394,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in given.out.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     checks = Checks(given, deadline=time.monotonic() + given.limit)
-    steps = {"parity": checks.parity, "throughput": checks.throughput, "sweep": checks.sweep}
-    for name, step in steps.items():
+    for name, step in _STEPS.items():
         if name not in given.skip:
-            step()
-    records = [*checks.records("sweep"), *checks.records("throughput")]
-    checks.failed |= any(map(outside, records))
+            began = time.monotonic()
+            step(checks)
+            checks.took[name] = time.monotonic() - began
+    records = [r for name in ("measured", "estimated", "throughput", "sweep") for r in checks.records(name)]
+    checks.failed |= any(map(outside, records)) or any(
+        not _within(e) for e in checks.measured_errors().values()
+    )
     text = table(checks)
     (given.out / "table.txt").write_text(text, encoding="utf-8")
     lines = [record.model_dump_json() + "\n" for record in records]

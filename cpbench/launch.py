@@ -178,11 +178,10 @@ def read_progress(job: Job) -> Progress | None:
         return None
 
 
-def child_environment(device: str, local_world_size: int | None, *, single_node: bool) -> dict[str, str]:
+def child_environment(local_world_size: int | None, *, single_node: bool) -> dict[str, str]:
     """Return the environment of measured processes: the user's, made independent of the caller's folder.
 
     Args:
-        device: of the case.
         local_world_size: processes that share this machine's cores; None for one that stands for ranks elsewhere and
             sets its threads by itself.
         single_node: gloo then stays on the loopback interface.
@@ -195,7 +194,7 @@ def child_environment(device: str, local_world_size: int | None, *, single_node:
     if (root / "pyproject.toml").is_file():  # a checkout that may not be installed
         inherited = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = str(root) + (os.pathsep + inherited if inherited else "")
-    if single_node and device == "cpu" and Path("/sys/class/net/lo").exists():
+    if single_node and Path("/sys/class/net/lo").exists():
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment
 
@@ -204,9 +203,9 @@ def _environment(job: Job) -> dict[str, str]:
     """The environment of a job's processes; torchrun tells ranks the rest."""
     single = job.nodes.count == 1
     if job.by_torchrun:
-        return child_environment(job.case.device, job.local_world_size, single_node=single)
+        return child_environment(job.local_world_size, single_node=single)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    return child_environment(job.case.device, None, single_node=single) | alone
+    return child_environment(None, single_node=single) | alone
 
 
 def prepare(job: Job) -> Path:

@@ -144,17 +144,20 @@ class VerifyReport(_Facts):
     """Everything that a verification found; what `verify --json` prints."""
 
     device: Device
+    shared_gpu: bool = False
+    """Whether all ranks ran on one GPU, and exchanged their tensors through host memory."""
     methods: tuple[MethodFindings, ...]
     results: tuple[Verification, ...]
 
     @classmethod
-    def of(cls, device: Device, results: Sequence[Verification]) -> VerifyReport:
-        """Return the report of results, which are in order of method and options."""
+    def of(cls, device: Device, results: Sequence[Verification], *, gpus: int = 0) -> VerifyReport:
+        """Return the report of results, which are in order of method and options, on a machine of so many GPUs."""
         groups: dict[str, list[Verification]] = {}
         for result in results:
             groups.setdefault(title(result.method, result.given), []).append(result)
         return cls(
             device=device,
+            shared_gpu=device == "cuda" and any(gpus < result.shape.world_size for result in results),
             methods=tuple(_findings(group) for group in groups.values()),
             results=tuple(result for group in groups.values() for result in group),
         )

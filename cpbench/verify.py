@@ -146,11 +146,14 @@ def verify(
     found |= _Launches(request, display, should_stop).run(waiting)
     methods = {name: position for position, name in enumerate(request.methods)}
     ordered = sorted(found, key=lambda index: (methods[found[index].method], index))
-    return VerifyReport.of(request.device, [found[index] for index in ordered])
+    results = [found[index] for index in ordered]
+    return VerifyReport.of(request.device, results, gpus=len(visible_gpus()[0]))
 
 
 def _resolved(items: Sequence[VerifyItem], request: VerifyRequest) -> list[ResolvedCase]:
     gpus = len(visible_gpus()[0])
+    if gpus:  # fewer than ranks: they share one (`cpbench.parity.shared_gpu`)
+        gpus = max(gpus, *(item.case.world_size for item in items))
     return [
         item if item.unsupported else item.model_copy(update={"unsupported": excess(item.case, gpus=gpus)})
         for item in resolve_cases([item.case for item in items], request.plugins)

@@ -41,6 +41,7 @@ def verify(job: VerifyJob) -> VerifyEnd:
     import torch
     import torch.distributed as dist
 
+    from cpbench.parity import shared_gpu
     from cpbench.parity.rank import ParityRank
     from cpbench.parity.ranks import Ranks
 
@@ -49,14 +50,15 @@ def verify(job: VerifyJob) -> VerifyEnd:
     share = _Shares.dump_json(_count(job, rank, size)).decode()
     shares = [_Shares.validate_json(text) for text in board.exchange("peaks", share, _COUNTING_SECONDS)]
     peaks = {index: counted for found in shares for index, counted in found.items()}
+    backend, device = "gloo", torch.device("cpu")
     if job.case.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        shared = torch.cuda.device_count() < size
+        backend = shared_gpu.BACKEND if shared else "nccl"
+        device = torch.device("cuda", 0 if shared else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     # A rank that waits for one that will not come is ended by this limit.
     limit = timedelta(seconds=job.collective_seconds)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=limit)
+    dist.init_process_group(backend, timeout=limit)
     torch.set_num_threads(1)  # blocks are tiny: more threads would only wait for one another
     everyone, alone = Ranks.make(device, limit)
     plugins = [Path(plugin) for plugin in job.plugins]

@@ -132,7 +132,14 @@ def verify(
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = False,
-    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda", help="Where the ranks run.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device",
+            metavar="cpu|cuda",
+            help="Where the ranks run; on cuda, all share one GPU where there are fewer than ranks.",
+        ),
+    ] = "cpu",
     option: Annotated[
         list[str] | None,
         typer.Option(

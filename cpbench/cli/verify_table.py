@@ -31,9 +31,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
     shapes = _letters(report)
     world = max(result.shape.world_size for result in report.results)
     ranks = f"{world} rank" + "s" * (world > 1)
-    console.print(
-        f"Largest relative errors against the references, {ranks} on {report.device}", highlight=False
-    )
+    where = "one GPU, exchanging through host memory" if report.shared_gpu else report.device
+    console.print(f"Largest relative errors against the references, {ranks} on {where}", highlight=False)
     for shape, letter in shapes.items():
         console.print(f"  {letter}  {shape.title}", highlight=False, markup=False)
     console.print(_errors(report, shapes))

@@ -27,7 +27,10 @@ class CpuTrace:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._profile = torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        # acc_events: one cycle is all there is, and torch 2.11 warns of the next one otherwise.
+        self._profile = torch.profiler.profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
 
     def start(self) -> None:
         """Begin recording."""

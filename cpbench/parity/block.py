@@ -14,7 +14,7 @@ from cpbench.errors import CpbenchError
 from cpbench.method import AttentionWeights, Method
 from cpbench.parity.ranks import Ranks
 from cpbench.parity.reference import NO_WEIGHTS
-from cpbench.runtime.collectives import CollectiveLog, CountCollectives
+from cpbench.runtime.collectives import CollectiveLog
 from cpbench.runtime.context import AttentionContext
 from cpbench.runtime.host_pool import HostPool
 from cpbench.runtime.kernels import select_kernels
@@ -92,7 +92,7 @@ class Block:
         if surroundings != "plain":
             memo = Memo(ctx.host, save_attention=surroundings == "attention saved")
             ctx = replace(ctx, memo=memo)
-            with torch.no_grad(), CountCollectives(run.forward):
+            with torch.no_grad(), self.ranks.counting(run.forward):
                 # The stack writes the MLP over the output; a method that needs it later would see this.
                 self._attention(leaves, ctx).fill_(torch.nan)
             memo.recomputing = True
@@ -102,7 +102,7 @@ class Block:
         edge = get_gradient_edge(y)
         del y
         dy = inputs["dout"][:, self.positions].contiguous()
-        with CountCollectives(run.backward):
+        with self.ranks.counting(run.backward):
             grads = torch.autograd.grad([edge], values, [dy], allow_unused=True)
         missing = [name for name, grad in zip(names, grads, strict=True) if grad is None]
         if missing:

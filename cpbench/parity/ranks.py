@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cpbench.method import Layout
-from cpbench.runtime.collectives import Group
+from cpbench.runtime.collectives import CollectiveLog, CountCollectives, Group
+from cpbench.runtime.python_group import PythonGroup, counting
 from cpbench.train import World
 from cpbench.world.measure import parallel_groups
 
@@ -47,6 +49,11 @@ class Ranks:
         """Return what a training step needs to know of the ranks."""
         ulysses, ring = self.groups(layout)
         return World(rank=self.rank, mesh=self.mesh, ulysses=ulysses, ring=ring, device=self.device)
+
+    def counting(self, log: CollectiveLog) -> AbstractContextManager[object]:
+        """Count the collectives of this rank."""
+        ours = dist.is_initialized() and isinstance(dist.group.WORLD, PythonGroup)
+        return counting(log) if ours else CountCollectives(log)
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the sums over the ranks in float32, right on rank 0 only, with one collective."""

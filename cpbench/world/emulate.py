@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,63 +25,40 @@ from torch.distributed.distributed_c10d import Work
 from cpbench.case import Case
 from cpbench.errors import Unsupported
 from cpbench.method import Layout, Method
-from cpbench.runtime.collectives import CollectiveLog, sent_bytes
+from cpbench.runtime.python_group import Options, PythonGroup, Queued
 from cpbench.train import World
 from cpbench.world.estimate import estimate_case, threads_of_a_rank
 from cpbench.world.measure import parallel_groups
 
 BACKEND = "emulated"
 """The process group's name in `torch.distributed`."""
-_ProcessGroup: Any = dist.ProcessGroup  # its stubs have overloads that torch's Python code never calls
 _KEPT = (dist.ReduceOp.AVG, dist.ReduceOp.MAX, dist.ReduceOp.MIN)
 """Reductions of equal values that give the value itself."""
 
 
-class EmulatedGroup(_ProcessGroup):
+class EmulatedGroup(PythonGroup):
     """One rank's view of a group that has no other ranks.
 
-    Collectives run on the current stream.  Their tensors are held until the wait, as NCCL and gloo hold them.  Methods
-    carry the names that torch 2.11 (`_allgather_base`, ...) and 2.13 (`all_gather_single`, ...) call from Python, and
-    those that the functional collectives call from C++ (`..._coalesced`).
+    Collectives run on the current stream.  Their tensors are held until the wait, as NCCL and gloo hold them.
     """
 
-    log: ClassVar[CollectiveLog | None] = None
-    """Told of every collective of every group; see `counting`.  It is no context variable, because CUDA's backward has
-    its own thread."""
+    backend = BACKEND
 
     def __init__(self, rank: int, size: int, name: str) -> None:
-        super().__init__(rank, size)
-        self._rank, self._size, self._name = rank, size, name
+        super().__init__(rank, size, name)
         self._sent: deque[_Transfer] = deque()
         self._expected: deque[_Transfer] = deque()
 
-    @property
-    def group_name(self) -> str:
-        """The name in torch's registry."""
-        return self._name
-
-    def getBackendName(self) -> str:
-        """Return the backend's name."""
-        return BACKEND
-
-    def size(self) -> int:
-        """Return the number of ranks that there would be."""
-        return self._size
-
     @torch.no_grad()
-    def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:  # noqa: ANN401 - torch's options
+    def allreduce(self, tensors: Sequence[Tensor], opts: Options = None) -> Work:
         """Reduce each tensor with equal ones of the other ranks, in place."""
         for tensor in tensors:
             self._count("all_reduce", tensor)
             self._reduce_(tensor, opts)
-        return _Done(*tensors)
-
-    def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:  # noqa: ANN401 - torch's options
-        """Reduce several tensors."""
-        return self.allreduce(tensors, opts)
+        return Queued(*tensors)
 
     @torch.no_grad()
-    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:  # noqa: ANN401 - torch's options
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Options = None) -> Work:
         """Put this rank's part into every slot of the output, which may hold it already."""
         self._count("all_gather", input)
         slots = output.view(self._size, -1)
@@ -90,45 +67,15 @@ class EmulatedGroup(_ProcessGroup):
             others.copy_(own.expand_as(others))
         if slots[self._rank].data_ptr() != input.data_ptr():
             slots[self._rank].copy_(own[0])
-        return _Done(output, input)
-
-    _allgather_base = all_gather_single
-
-    def all_gather_single_coalesced(
-        self,
-        outputs: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        opts: Any = None,  # noqa: ANN401 - torch's options
-    ) -> Work:
-        """Gather several tensors."""
-        for output, input in zip(outputs, inputs, strict=True):
-            self.all_gather_single(output, input, opts)
-        return _Done(*outputs, *inputs)
-
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
+        return Queued(output, input)
 
     @torch.no_grad()
-    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> Work:  # noqa: ANN401 - torch's options
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Options = None) -> Work:
         """Reduce this rank's slot of the input with equal ones of the other ranks."""
         self._count("reduce_scatter", input)
         output.view(-1).copy_(input.view(self._size, -1)[self._rank])
         self._reduce_(output, opts)
-        return _Done(output, input)
-
-    _reduce_scatter_base = reduce_scatter_single
-
-    def reduce_scatter_single_coalesced(
-        self,
-        outputs: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        opts: Any = None,  # noqa: ANN401 - torch's options
-    ) -> Work:
-        """Reduce and scatter several tensors."""
-        for output, input in zip(outputs, inputs, strict=True):
-            self.reduce_scatter_single(output, input, opts)
-        return _Done(*outputs, *inputs)
-
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+        return Queued(output, input)
 
     @torch.no_grad()
     def all_to_all_single(
@@ -137,14 +84,12 @@ class EmulatedGroup(_ProcessGroup):
         input: Tensor,
         output_splits: Sequence[int] = (),
         input_splits: Sequence[int] = (),
-        opts: Any = None,  # noqa: ANN401 - torch's options
+        opts: Options = None,
     ) -> Work:
         """Receive what this rank sends, slot by slot; with unequal splits, as much of it as comes."""
         self._count("all_to_all", input)
         _fill(output, input)
-        return _Done(output, input)
-
-    alltoall_base = all_to_all_single
+        return Queued(output, input)
 
     def send(self, tensors: Sequence[Tensor], dst: int, tag: int = 0) -> Work:
         """Send tensors, which come back in the order of the calls."""
@@ -156,21 +101,17 @@ class EmulatedGroup(_ProcessGroup):
         """Receive what was, or will be, sent; zeros if nothing was when the wait comes."""
         return self._transfer(tensors, self._expected)
 
-    def broadcast(self, tensors: Sequence[Tensor], opts: Any = None) -> Work:  # noqa: ANN401 - torch's options
+    def broadcast(self, tensors: Sequence[Tensor], opts: Options = None) -> Work:
         """Leave the tensors as they are, as if the root had the same."""
         for tensor in tensors:
             self._count("broadcast", tensor)
-        return _Done(*tensors)
+        return Queued(*tensors)
 
-    def barrier(self, opts: Any = None) -> Work:  # noqa: ANN401 - torch's options
+    def barrier(self, opts: Options = None) -> Work:
         """Wait for no one."""
-        return _Done()
+        return Queued()
 
-    def _count(self, kind: str, tensor: Tensor) -> None:
-        if EmulatedGroup.log is not None:
-            EmulatedGroup.log.add(kind, sent_bytes(kind, tensor.numel() * tensor.element_size(), self._size))
-
-    def _reduce_(self, tensor: Tensor, opts: Any) -> None:  # noqa: ANN401 - torch's options
+    def _reduce_(self, tensor: Tensor, opts: Options) -> None:
         operation = dist.ReduceOp.SUM if opts is None else opts.reduceOp
         if operation == dist.ReduceOp.SUM:
             tensor.mul_(self._size)
@@ -210,28 +151,7 @@ class _Transfer:
         self.done = False
 
 
-class _Done(Work):
-    """A copy that has been queued; whoever waits on another stream waits for it."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        super().__init__()
-        self._tensors = tensors
-        on_gpu = bool(tensors) and tensors[0].is_cuda
-        self._queued = torch.cuda.current_stream().record_event() if on_gpu else None
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        """Make the current stream wait, and let go of the tensors."""
-        if self._queued is not None:
-            torch.cuda.current_stream().wait_event(self._queued)
-        self._tensors = ()
-        return True
-
-    def is_completed(self) -> bool:
-        """Return whether the copy is complete."""
-        return self._queued is None or self._queued.query()
-
-
-class _Passing(_Done):
+class _Passing(Queued):
     """Messages under way: their copy is queued when both ends are there."""
 
     def __init__(self, group: EmulatedGroup, transfers: Sequence[_Transfer]) -> None:
@@ -288,16 +208,6 @@ def emulated_world(case: Case, layout: Layout, rank: int) -> Iterator[World]:
             yield World(rank=rank, mesh=mesh, ulysses=ulysses, ring=ring, device=device)
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def counting(log: CollectiveLog) -> Iterator[None]:
-    """Count the collectives of all emulated groups, in forward and in backward."""
-    before, EmulatedGroup.log = EmulatedGroup.log, log
-    try:
-        yield
-    finally:
-        EmulatedGroup.log = before
 
 
 class Estimated(NamedTuple):

@@ -34,9 +34,10 @@ from cpbench.method import Method
 from cpbench.progress_file import write_progress
 from cpbench.record import Memory, RankReport, ShallowSteps, Software, StepSample, WorkerReport
 from cpbench.runtime.collectives import CollectiveLog, CountCollectives
+from cpbench.runtime.python_group import counting
 from cpbench.runtime.recorder import Recorder
 from cpbench.train import TrainStep, World
-from cpbench.world.emulate import counting, emulated_world, estimated
+from cpbench.world.emulate import emulated_world, estimated
 from cpbench.world.estimate import estimate_ranks
 from cpbench.world.measure import measured_world
 

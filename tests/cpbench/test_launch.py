@@ -288,12 +288,12 @@ def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pyt
     """Ranks split the cores; OMP_NUM_THREADS of the user wins; the caller's folder never shadows packages."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "2"
-    assert child_environment("cpu", 16, single_node=True)["OMP_NUM_THREADS"] == "1"
-    assert child_environment("cpu", 4, single_node=True)["PYTHONSAFEPATH"] == "1"
-    assert "OMP_NUM_THREADS" not in child_environment("cpu", None, single_node=True)
+    assert child_environment(4, single_node=True)["OMP_NUM_THREADS"] == "2"
+    assert child_environment(16, single_node=True)["OMP_NUM_THREADS"] == "1"
+    assert child_environment(4, single_node=True)["PYTHONSAFEPATH"] == "1"
+    assert "OMP_NUM_THREADS" not in child_environment(None, single_node=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert child_environment("cpu", 4, single_node=True)["OMP_NUM_THREADS"] == "5"
+    assert child_environment(4, single_node=True)["OMP_NUM_THREADS"] == "5"
 
 
 def test_a_finished_rank_leaves_without_finalisation(tmp_path: Path) -> None:

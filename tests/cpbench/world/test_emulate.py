@@ -17,9 +17,10 @@ from cpbench.model_config import ModelConfig
 from cpbench.record import Record
 from cpbench.resolve import resolve
 from cpbench.runtime.collectives import CollectiveLog, Group, all_to_all_heads, ring_pass
+from cpbench.runtime.python_group import counting
 from cpbench.runtime.recorder import Recorder
 from cpbench.train import World
-from cpbench.world.emulate import EmulatedGroup, counting, emulated_world
+from cpbench.world.emulate import EmulatedGroup, emulated_world
 from cpbench.world.run import run_case
 
 # torch 2.13 has new names for these two, and 2.11 only the old ones.
@@ -114,9 +115,22 @@ def test_own_bytes_fill_every_slot(world: World) -> None:
         ("reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced"),
     ],
 )
-def test_both_torch_versions_find_their_name(older: str, newer: str) -> None:
-    """torch 2.11 calls the older names, 2.13 the newer ones: one implementation."""
-    assert getattr(EmulatedGroup, older) is getattr(EmulatedGroup, newer)
+def test_both_torch_versions_find_their_name(older: str, newer: str, world: World) -> None:
+    """torch 2.11 calls the older names, 2.13 the newer ones: the same result, counted the same."""
+    many, gathers = older.endswith("coalesced"), "gather" in older
+    logs, outputs = [], []
+    for name in (older, newer):
+        log, group = CollectiveLog(), group_of(world.ulysses)
+        given = torch.arange(8.0)
+        output = torch.full((16 if gathers else 4 if "scatter" in older else 8,), torch.nan)
+        with counting(log):
+            getattr(group, name)(*(([output], [given]) if many else (output, given))).wait()
+        logs.append(log.sequence)
+        outputs.append(output.tolist())
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 1
+    assert outputs[0] == outputs[1]
+    assert not torch.tensor(outputs[0]).isnan().any()
 
 
 def test_all_to_all_gives_back_what_is_sent(world: World) -> None:
