@@ -35,6 +35,7 @@ from cpbench.rate_probe import RateProbe, RateProbes
 from cpbench.record import Record, read_record
 from cpbench.supervise import GRACE_SECONDS
 from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds, parse_length
+from cpbench.verification import VerifyReport, title
 
 _MADE = (
     "sweep-*",
@@ -157,13 +158,14 @@ class Checks:
     def verdicts(self) -> dict[str, list[tuple[str, str]]]:
         """Return, by verdict, the methods that `cpbench verify` found so, with the reason."""
         try:
-            report = json.loads((self.given.out / "verify.json").read_text(encoding="utf-8"))
+            report = VerifyReport.model_validate_json((self.given.out / "verify.json").read_bytes())
         except (OSError, ValueError):
             return {}
         found: dict[str, list[tuple[str, str]]] = {}
-        for method in report["methods"]:
-            words = " ".join([method["method"], *(f"{k}={v}" for k, v in method["given"].items())])
-            found.setdefault(method["verdict"], []).append((words, method["reason"] or ""))
+        for method in report.methods:
+            found.setdefault(method.verdict, []).append(
+                (title(method.method, method.given), method.reason or "")
+            )
         return found
 
     def probes(self) -> list[RateProbe]:
