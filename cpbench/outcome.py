@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -168,6 +170,8 @@ def _with_log(job: Job, rank: int | None, words: str) -> str:
 def _telling_lines(text: str) -> list[str]:
     # What torchrun adds after a failure is said better by the reason.
     lines = [_ANSI.sub("", line).rstrip() for line in _TORCHRUN.split(text, maxsplit=1)[0].splitlines()]
+    if crash := _crash(lines):
+        return [line[:_LINE_CHARACTERS] for line in crash]
     kept = [line for line in lines if line.strip() and not _FRAME.match(line)]
     return [line[:_LINE_CHARACTERS] for line in kept[-_LOG_LINES:]]
 
@@ -177,3 +181,16 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _crash(lines: Sequence[str]) -> list[str]:
+    """What faulthandler wrote of a crash in native code: its kind and the innermost calls of the thread that crashed."""
+    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error:")), None)
+    if fatal is None:
+        return []
+    thread = next(
+        (i for i, line in enumerate(lines) if i > fatal and line.startswith("Current thread")), None
+    )
+    frames = lines[thread + 1 :] if thread is not None else []
+    innermost = takewhile(lambda line: line.startswith("  File "), frames)
+    return [lines[fatal], *islice((line.strip() for line in innermost), _LOG_LINES - 1)]

@@ -19,7 +19,7 @@ _STYLE = {"yes": "green", "no": "red", "warn": "yellow"}
 
 
 def doctor(
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Say what this machine can run, and why not the rest."""

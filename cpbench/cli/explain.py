@@ -46,37 +46,51 @@ def explain_(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(metavar="M,...", help="Methods, or `all`. Default: upipe.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--method", metavar="M,...", help="Methods, or `all`. Default: upipe.", rich_help_panel=_WHAT
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="M,...", help="Presets or config.json files. Default: llama3-8b.", rich_help_panel=_WHAT
+            "--model",
+            metavar="M,...",
+            help="Presets or config.json files. Default: llama3-8b.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     seqlen: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="S,...", help="Sequence lengths in tokens. Default: 128K.", rich_help_panel=_WHAT
+            "--seqlen",
+            metavar="S,...",
+            help="Sequence lengths in tokens. Default: 128K.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     world: Annotated[
         list[str] | None,
-        typer.Option(metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
+        typer.Option("--world", metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
     ] = None,
     batch: Annotated[
         list[str] | None,
-        typer.Option(metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--batch", metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="float32|bfloat16", help="Compute dtype. Default: bfloat16.", rich_help_panel=_WHAT
+            "--dtype",
+            metavar="float32|bfloat16",
+            help="Compute dtype. Default: bfloat16.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     stack: Annotated[
         list[str] | None,
         typer.Option(
+            "--stack",
             metavar="plain|checkpoint|long",
             help="What surrounds attention. Default: long.",
             rich_help_panel=_WHAT,
@@ -85,6 +99,7 @@ def explain_(
     stack_option: Annotated[
         list[str] | None,
         typer.Option(
+            "--stack-option",
             metavar="FIELD=VALUE",
             help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
             "save_attention or host_budget_bytes; repeatable.",
@@ -93,20 +108,30 @@ def explain_(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(metavar="METHOD.FIELD=VALUE", help="Option of a method.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--option", metavar="METHOD.FIELD=VALUE", help="Option of a method.", rich_help_panel=_WHAT
+        ),
     ] = None,
     plugin: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="File of a method outside the tree; repeatable.", rich_help_panel=_WHAT
+            "--plugin",
+            metavar="FILE",
+            help="File of a method outside the tree; repeatable.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     device: Annotated[
-        str, typer.Option(metavar="cpu|cuda", help="What the estimate stands for.", rich_help_panel=_WHAT)
+        str,
+        typer.Option(
+            "--device", metavar="cpu|cuda", help="What the estimate stands for.", rich_help_panel=_WHAT
+        ),
     ] = "cuda",
     hardware: Annotated[
         str | None,
-        typer.Option(metavar="H", help="Machine profile. Default: h100-80g.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--hardware", metavar="H", help="Machine profile. Default: h100-80g.", rich_help_panel=_WHAT
+        ),
     ] = None,
     no_options: Annotated[
         bool,
@@ -116,10 +141,12 @@ def explain_(
     ] = False,
     out: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="Folder of explain.html and explain.png.", rich_help_panel=_WHERE),
+        typer.Option(
+            "--out", metavar="DIR", help="Folder of explain.html and explain.png.", rich_help_panel=_WHERE
+        ),
     ] = Path("explain"),
     runs: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
+        Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
     ] = Path("runs"),
     as_json: Annotated[
         bool,

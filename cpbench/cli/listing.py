@@ -34,7 +34,9 @@ def list_(
     kind: Annotated[str, typer.Argument(metavar="|".join(Kind), help="What to list.")],
     plugin: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Python file of a method outside the tree; repeatable."),
+        typer.Option(
+            "--plugin", metavar="FILE", help="Python file of a method outside the tree; repeatable."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:

@@ -40,26 +40,35 @@ _WHAT, _WHERE = "What to plan for", "Where it goes"
 
 def plan(
     method: Annotated[
-        list[str] | None, typer.Option(metavar="M,...", help="Methods. Default: all.", rich_help_panel=_WHAT)
+        list[str] | None,
+        typer.Option("--method", metavar="M,...", help="Methods. Default: all.", rich_help_panel=_WHAT),
     ] = None,
     model: Annotated[
-        str, typer.Option(metavar="M", help="Preset, or a config.json file.", rich_help_panel=_WHAT)
+        str,
+        typer.Option("--model", metavar="M", help="Preset, or a config.json file.", rich_help_panel=_WHAT),
     ] = "llama3-8b",
     world: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="N,...", help="Numbers of ranks (GPUs) to compare. Default: 8.", rich_help_panel=_WHAT
+            "--world",
+            metavar="N,...",
+            help="Numbers of ranks (GPUs) to compare. Default: 8.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     hardware: Annotated[
         str,
         typer.Option(
-            metavar="H", help="Machine profile, see `cpbench list hardware`.", rich_help_panel=_WHAT
+            "--hardware",
+            metavar="H",
+            help="Machine profile, see `cpbench list hardware`.",
+            rich_help_panel=_WHAT,
         ),
     ] = "h100-80g",
     host_ram: Annotated[
         str | None,
         typer.Option(
+            "--host-ram",
             metavar="SIZE",
             help="Host memory of a node, like 2T or 512G. Default: the profile's.",
             rich_help_panel=_WHAT,
@@ -68,26 +77,31 @@ def plan(
     seqlen: Annotated[
         str | None,
         typer.Option(
+            "--seqlen",
             metavar="S",
             help="Also: the fastest way to train this length, and the command for it.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Sequences per step.", rich_help_panel=_WHAT)
+        int, typer.Option("--batch", metavar="N", min=1, help="Sequences per step.", rich_help_panel=_WHAT)
     ] = 1,
     dtype: Annotated[
-        str, typer.Option(metavar="float32|bfloat16", help="Compute dtype.", rich_help_panel=_WHAT)
+        str, typer.Option("--dtype", metavar="float32|bfloat16", help="Compute dtype.", rich_help_panel=_WHAT)
     ] = "bfloat16",
     plugin: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="File of a method outside the tree; repeatable.", rich_help_panel=_WHAT
+            "--plugin",
+            metavar="FILE",
+            help="File of a method outside the tree; repeatable.",
+            rich_help_panel=_WHAT,
         ),
     ] = None,
     out: Annotated[
         Path,
         typer.Option(
+            "--out",
             metavar="DIR",
             help="Folder of plan.png, plan.json and recommended.toml, the scenario to run.",
             rich_help_panel=_WHERE,

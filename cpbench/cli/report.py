@@ -16,13 +16,16 @@ from cpbench.errors import UsageError
 def report(
     run: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs: folders, or names in --runs.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the page and pictures. Default: RUN/report.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder of the page and pictures. Default: RUN/report."),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(metavar="RUN|DIR", help="Hold the runs against this one, or a folder of records."),
+        typer.Option(
+            "--baseline", metavar="RUN|DIR", help="Hold the runs against this one, or a folder of records."
+        ),
     ] = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the runs.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
 ) -> None:
     """Make one offline HTML page, PNG pictures, CSV and Markdown from records."""

@@ -67,6 +67,7 @@ def sweep(
     scenario: Annotated[
         str | None,
         typer.Option(
+            "--scenario",
             metavar="NAME|FILE",
             help="Scenario by name or TOML file; flags override it.",
             rich_help_panel=_WHAT,
@@ -75,6 +76,7 @@ def sweep(
     method: Annotated[
         list[str] | None,
         typer.Option(
+            "--method",
             metavar="M,...",
             help="Methods, see `cpbench list methods`, or `all`. Default: upipe.",
             rich_help_panel=_WHAT,
@@ -83,6 +85,7 @@ def sweep(
     model: Annotated[
         list[str] | None,
         typer.Option(
+            "--model",
             metavar="M,...",
             help="Presets, see `cpbench list models`, or paths of Hugging Face config.json files. "
             "Default: llama3-8b.",
@@ -92,6 +95,7 @@ def sweep(
     seqlen: Annotated[
         list[str] | None,
         typer.Option(
+            "--seqlen",
             metavar="S,...",
             help="Sequence lengths in tokens: 4096, 128K, 5M (K = 1024). Default: 128K.",
             rich_help_panel=_WHAT,
@@ -99,15 +103,18 @@ def sweep(
     ] = None,
     world: Annotated[
         list[str] | None,
-        typer.Option(metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
+        typer.Option("--world", metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
     ] = None,
     batch: Annotated[
         list[str] | None,
-        typer.Option(metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--batch", metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
         typer.Option(
+            "--dtype",
             metavar="float32|bfloat16",
             help="Compute dtypes; a list with commas is allowed. Default: bfloat16.",
             rich_help_panel=_WHAT,
@@ -116,6 +123,7 @@ def sweep(
     stack: Annotated[
         list[str] | None,
         typer.Option(
+            "--stack",
             metavar="plain|checkpoint|long",
             help="What surrounds attention: nothing special; full checkpointing; checkpointing with inputs "
             "offloaded and everything tiled. A list with commas is allowed. Default: long.",
@@ -125,6 +133,7 @@ def sweep(
     stack_option: Annotated[
         list[str] | None,
         typer.Option(
+            "--stack-option",
             metavar="FIELD=VALUE",
             help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
             "save_attention or host_budget_bytes; repeatable.",
@@ -134,6 +143,7 @@ def sweep(
     option: Annotated[
         list[str] | None,
         typer.Option(
+            "--option",
             metavar="METHOD.FIELD=VALUE",
             help="Option of a method; several values with commas are one more axis.",
             rich_help_panel=_WHAT,
@@ -142,6 +152,7 @@ def sweep(
     plugin: Annotated[
         list[Path] | None,
         typer.Option(
+            "--plugin",
             metavar="FILE",
             help="Python file of a method outside the tree; repeatable.",
             rich_help_panel=_WHAT,
@@ -150,6 +161,7 @@ def sweep(
     mode: Annotated[
         str | None,
         typer.Option(
+            "--mode",
             metavar="MODE",
             help="auto, measure, emulate (one rank of the world runs alone on one device) or estimate (over fake "
             "tensors). auto measures if the visible GPUs suffice or the device is cpu, else emulates if there is a "
@@ -160,12 +172,16 @@ def sweep(
     device: Annotated[
         str | None,
         typer.Option(
-            metavar="cpu|cuda", help="cpu: ranks are processes on this machine.", rich_help_panel=_HOW
+            "--device",
+            metavar="cpu|cuda",
+            help="cpu: ranks are processes on this machine.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
     hardware: Annotated[
         str | None,
         typer.Option(
+            "--hardware",
             metavar="H",
             help="Machine profile of estimates, and of the communication of emulated cases. Default: h100-80g.",
             rich_help_panel=_HOW,
@@ -174,6 +190,7 @@ def sweep(
     host_ram: Annotated[
         str | None,
         typer.Option(
+            "--host-ram",
             metavar="SIZE",
             help="Host memory of a node that estimates are for, like 2T or 512G. Default: the profile's.",
             rich_help_panel=_HOW,
@@ -182,6 +199,7 @@ def sweep(
     rank: Annotated[
         int | None,
         typer.Option(
+            "--rank",
             min=0,
             metavar="K",
             help="The rank that is emulated or estimated. Default: 0.",
@@ -191,6 +209,7 @@ def sweep(
     layers: Annotated[
         int | None,
         typer.Option(
+            "--layers",
             min=1,
             metavar="N",
             help="Run N layers of each model; the record says so. Default: all.",
@@ -198,29 +217,38 @@ def sweep(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Timed steps. Default: 3.", rich_help_panel=_HOW)
+        int | None,
+        typer.Option("--steps", min=1, metavar="N", help="Timed steps. Default: 3.", rich_help_panel=_HOW),
     ] = None,
     warmup: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="Steps before the timed ones. Default: 2.", rich_help_panel=_HOW
+            "--warmup",
+            min=0,
+            metavar="N",
+            help="Steps before the timed ones. Default: 2.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, metavar="N", help="Seed of weights and tokens. Default: 0.", rich_help_panel=_HOW
+            "--seed", min=0, metavar="N", help="Seed of weights and tokens. Default: 0.", rich_help_panel=_HOW
         ),
     ] = None,
     timeout: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="End a case that takes longer. Default: 1800.", rich_help_panel=_HOW
+            "--timeout",
+            metavar="SECONDS",
+            help="End a case that takes longer. Default: 1800.",
+            rich_help_panel=_HOW,
         ),
     ] = None,
     nodes: Annotated[
         int | None,
         typer.Option(
+            "--nodes",
             min=1,
             metavar="N",
             help="Machines; to measure, start the same command on each. Default: 1; where no ranks run, the nodes that "
@@ -231,12 +259,17 @@ def sweep(
     node_rank: Annotated[
         int,
         typer.Option(
-            min=0, metavar="K", help="This machine's number; 0 writes the records.", rich_help_panel=_HOW
+            "--node-rank",
+            min=0,
+            metavar="K",
+            help="This machine's number; 0 writes the records.",
+            rich_help_panel=_HOW,
         ),
     ] = 0,
     rdzv_endpoint: Annotated[
         str | None,
         typer.Option(
+            "--rdzv-endpoint",
             metavar="HOST:PORT",
             help="Where node 0 can be reached, with --nodes above 1.",
             rich_help_panel=_HOW,
@@ -245,6 +278,7 @@ def sweep(
     launcher: Annotated[
         str,
         typer.Option(
+            "--launcher",
             metavar="local|slurm",
             help="slurm: write an sbatch script that measures on --nodes machines, and submit it.",
             rich_help_panel=_HOW,
@@ -253,6 +287,7 @@ def sweep(
     sbatch: Annotated[
         list[str] | None,
         typer.Option(
+            "--sbatch",
             metavar="OPTION",
             help="One more option of the Slurm job, like --sbatch=--partition=gpu, --sbatch=--exclusive or "
             "--sbatch=--cpus-per-task=32; repeatable.",
@@ -262,11 +297,14 @@ def sweep(
     name: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN", help="Name of the run. Default: time and scenario.", rich_help_panel=_WHERE
+            "--name",
+            metavar="RUN",
+            help="Name of the run. Default: time and scenario.",
+            rich_help_panel=_WHERE,
         ),
     ] = None,
     runs: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
+        Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
     ] = Path("runs"),
     resume: Annotated[
         bool,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cpbench.runtime.page_locked import page_locked
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.streams import Streams
 from cpbench.runtime.tiles import tile_times
@@ -172,17 +173,10 @@ class HostPool:
         return others, slab
 
     def _new(self, size: int, count: int) -> list[Tensor]:
-        block = torch.empty(size * count, dtype=torch.uint8)
+        total = size * count
+        block = page_locked(total) if self._device.type == "cuda" else torch.empty(total, dtype=torch.uint8)
         self._recorder.mark("host", block)
-        if self._device.type == "cuda":
-            code = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size * count, 0)
-            if int(code) != 0:
-                raise MemoryError(
-                    f"{size * count} bytes of host memory could not be page-locked "
-                    f"(cudaHostRegister error {int(code)}); "
-                    "raise the memlock limit or use a machine with more host memory"
-                )
-        self.bytes += size * count
+        self.bytes += total
         return [block] if count == 1 else list(block.split(size))
 
     def _release_copied(self) -> None:

@@ -24,6 +24,7 @@ from cpbench.case import AttentionBackend
 from cpbench.hardware import Rates, load_hardware
 from cpbench.rate_probe import RateProbe, RateProbes
 from cpbench.runtime.kernels import Kernels, scratch_of
+from cpbench.runtime.page_locked import page_locked
 from cpbench.timing.clock import Clock
 from cpbench.timing.operation import Operation, Work
 from cpbench.timing.rates import seconds
@@ -107,18 +108,14 @@ class Prober:
         other = torch.empty_like(there)
         if self.device.type != "cuda":
             return
-        host, second = (
-            torch.empty(size, dtype=torch.uint8) for _ in range(2)
-        )  # untouched, as the host pool's
-        runtime = torch.cuda.cudart()
-        locked = []
-        for block in (host, second):
+        locked, blocks = [], []
+        for _ in range(2):
             clock = Clock(torch.device("cpu"))
             clock.mark()
-            if int(runtime.cudaHostRegister(block.data_ptr(), size, 0)) != 0:
-                raise MemoryError("host memory could not be page-locked")
+            blocks.append(page_locked(size))
             clock.mark()
-            locked.append(clock.durations()[0])
+            locked += clock.durations()
+        host, second = blocks
         yield RateProbe(
             name="page-lock", shape=format_bytes(size), seconds=statistics.median(locked), bytes=size
         )
@@ -137,9 +134,6 @@ class Prober:
             torch.cuda.current_stream().wait_stream(side)
 
         yield self._probe("copies both ways at once", f"{format_bytes(size)} each", both, None, size=2 * size)
-        torch.cuda.synchronize()
-        for block in (host, second):
-            runtime.cudaHostUnregister(block.data_ptr())
 
     def _attention(
         self,

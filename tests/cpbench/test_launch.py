@@ -149,6 +149,21 @@ def test_killed_rank_is_an_error_with_its_signal(tmp_path: Path, token: str) -> 
     assert alive(token) == []
 
 
+def test_crash_in_native_code_says_where(tmp_path: Path) -> None:
+    """Of what faulthandler writes, the reason keeps the kind of crash and the innermost calls."""
+    program = "import ctypes\ndef broken_kernel():\n    ctypes.string_at(0)\nbroken_kernel()\n"
+    crashed = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", program], capture_output=True, text=True, check=False
+    )
+    job = fake_job(tmp_path, "ok")
+    prepare(job, rank_log=f"before\n{crashed.stderr}Extension modules: one, two\n")
+    reason = str(ended(job).reason)
+    assert "Fatal Python error: Segmentation fault" in reason
+    assert "in broken_kernel" in reason
+    assert "Extension modules" not in reason
+    assert "before" not in reason
+
+
 def test_crash_shows_the_last_line_and_no_frames(tmp_path: Path) -> None:
     """A rank that raises without a failure file is named, with its message but not its traceback."""
     outcome = run(fake_job(tmp_path, "crash"))
