@@ -91,7 +91,16 @@ class Checks:
 
     def verify(self) -> None:
         """Check methods with real processes, which share the device where there are fewer."""
-        command = ["-m", "cpbench", "verify", "--quick", "--json", "--device", self.given.device]
+        command = [
+            "-m",
+            "cpbench",
+            "verify",
+            "--quick",
+            "--no-peaks",
+            "--json",
+            "--device",
+            self.given.device,
+        ]
         command += ["--dtype", self.given.dtype, "--timeout", f"{self.given.verify_limit:.0f}"]
         command += ["--world", str(self.given.verify_world)]
         command += [item for name in self.given.method for item in ("--method", name)]

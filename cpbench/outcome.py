@@ -184,7 +184,7 @@ def _read(path: Path) -> str:
 
 
 def _crash(lines: Sequence[str]) -> list[str]:
-    """What faulthandler wrote of a crash in native code: its kind and the innermost calls of the thread that crashed."""
+    """What faulthandler wrote of a crash in native code: its kind, and the innermost calls of the thread."""
     fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error:")), None)
     if fatal is None:
         return []

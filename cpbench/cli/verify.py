@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -132,6 +133,13 @@ def verify(
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = False,
+    no_peaks: Annotated[
+        bool,
+        typer.Option(
+            "--no-peaks",
+            help="Leave out peaks, which are counted over fake tensors and are the same on every machine.",
+        ),
+    ] = False,
     device: Annotated[
         str,
         typer.Option(
@@ -211,6 +219,8 @@ def verify(
         timeout_seconds=timeout,
         selection=_selection(world, dtypes, given, quick=quick, full=full, drawn=drawn, seed=seed),
     )
+    if no_peaks:
+        request = replace(request, selection=replace(request.selection, counted=frozenset()))
     console = Console()
     with Interrupt() as interrupt, make_display(Console(stderr=True)) as display:
         report = run(request, display=display, should_stop=lambda: interrupt.came)
