@@ -53,7 +53,7 @@ _FUNCTIONAL: dict[str, Kind] = {
     "all_to_all_single": "all_to_all",
 }
 """Functional collectives, which PyTorch's own methods call, by operator."""
-_WIDE, _PART = " float32", " part"
+_WIDE, _PART, _AND = " float32", " part", ", "
 _SMALL = 1024  # elements; below, an operator is bookkeeping
 
 
@@ -94,7 +94,7 @@ class NameOperators(TorchDispatchMode):
         """Return the name of a tensor's storage, or an empty one."""
         address = t.untyped_storage().data_ptr()
         whole = self._names.get(address, "")
-        if t.nbytes == t.untyped_storage().nbytes() and whole:
+        if self._packed_in(t):
             return whole
         return self._parts.get(address, {}).get(int(t.storage_offset())) or whole
 
@@ -157,7 +157,7 @@ class NameOperators(TorchDispatchMode):
         if operator in _FUNCTIONAL:
             (received,) = made
             self._rename(received, self.name_of(source))
-            parts = self._parts.get(source.untyped_storage().data_ptr(), {})
+            parts = self._packed_in(source)
             ranks = range(received.numel() // source.numel())  # more than one in a gather
             self._parts_of(
                 received, {rank * source.numel() + at: name for rank in ranks for at, name in parts.items()}
@@ -193,7 +193,7 @@ class NameOperators(TorchDispatchMode):
             empty = operator.startswith("new_") or operator == "zeros_like"
             self._rename(t, "" if empty else "tiles" if loop else self._computed(operator, t, read) or source)
             if len(read) == 1 and read[0].numel() == t.numel() and not loop:  # a copy, or a conversion
-                self._parts_of(t, self._parts.get(read[0].untyped_storage().data_ptr(), {}))
+                self._parts_of(t, self._packed_in(read[0]))
         if operator == "cat" and not loop:
             self._packed(made[0], read)
         for t in written:
@@ -225,9 +225,15 @@ class NameOperators(TorchDispatchMode):
         """Tensors of several names, one after the other in one."""
         names = [self.name_of(t).removesuffix(_WIDE) for t in parts]
         if len({self._base(t) for t in parts}) > 1 and whole.dim() == 1:
-            self._rename(whole, ", ".join(names))
+            self._rename(whole, _AND.join(names))
             offsets = accumulate((t.numel() for t in parts[:-1]), initial=0)
             self._parts_of(whole, dict(zip(offsets, names, strict=True)))
+
+    def _packed_in(self, t: Tensor) -> dict[int, str]:
+        """The parts of a tensor in which several were packed, if it is all of its storage."""
+        address = t.untyped_storage().data_ptr()
+        packed = _AND in self._names.get(address, "") and t.nbytes == t.untyped_storage().nbytes()
+        return self._parts.get(address, {}) if packed else {}
 
     def _parts_of(self, t: Tensor, parts: dict[int, str]) -> None:
         """Name the parts of a storage."""

@@ -130,8 +130,8 @@ class _Run:
             timeline = trace.stop()
         case, a = self.case, self.case.architecture
         with _no_scratch():
-            # The host pool here keeps sources as on CUDA.  A method that runs there alone has no pool, but has terms for
-            # the copies that CUDA's operators make, and none of those ran here.
+            # The host pool here keeps sources as on CUDA.  A method that runs there alone has terms for the copies that
+            # CUDA's operators make, and none of those ran here.
             device = "cpu" if case.mode == "emulate" else "cuda"
             costs = self.method.costs(case.model_copy(update={"device": device}))
         drawn = slots(self.log, timeline)

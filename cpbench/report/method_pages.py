@@ -40,8 +40,8 @@ _RECORDED: dict[str, tuple[tuple[dict[str, OptionValue], int, int], ...]] = {
 _EMULATED = frozenset({"torch-ring"})
 """Methods that refuse CPU processes: one rank runs alone, as each of the ranks in turn."""
 _WITHOUT_CPU = (
-    "What runs is torch's own ring function, with this project's CPU kernel, because torch's sharded attention has no CPU "
-    "operators.\n"
+    "What runs is torch's own ring function, with this project's CPU kernel, because torch's sharded attention has no "
+    "CPU operators.\n"
 )
 _ARCHITECTURE = ModelConfig(
     hidden_dim=1024, num_layers=1, num_heads=16, num_kv_heads=4, head_dim=64, ffn_dim=1024, vocab_size=512
