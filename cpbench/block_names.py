@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._profiler import _RecordFunctionFast
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpbench.block_log import BlockLog
+from cpbench.block_log import BlockLog, Operation
+from cpbench.block_schedule import Kind
 from cpbench.runtime.recorder import MARK, Recorder
 
 _MARKED = {
@@ -45,7 +48,12 @@ _PRODUCTS = {
     **{frozenset({"tiles", f"w{which}"}): "dx" for which in "qkv"},
     **{frozenset({f"d{which}", "x"}): f"dw{which}" for which in "qkv"},
 }
-_WIDE = " float32"
+_FUNCTIONAL: dict[str, Kind] = {
+    "all_gather_into_tensor": "all_gather",
+    "all_to_all_single": "all_to_all",
+}
+"""Functional collectives, which PyTorch's own methods call, by operator."""
+_WIDE, _PART, _AND = " float32", " part", ", "
 _SMALL = 1024  # elements; below, an operator is bookkeeping
 
 
@@ -68,6 +76,8 @@ class NameOperators(TorchDispatchMode):
         """Names of parts of a storage that were written one by one, by their offset."""
         self._contents: dict[int, tuple[str, dict[int, str]]] = {}
         """What lies in a slab of the host pool: its name, and those of its parts."""
+        self._under_way: dict[int, Operation] = {}
+        """Functional collectives that were not waited for, by the address of what they fill."""
         self._around = 0
         """The address of the tile loop's frame, while operators run in one."""
         self._calls = 0
@@ -83,8 +93,10 @@ class NameOperators(TorchDispatchMode):
     def name_of(self, t: Tensor) -> str:
         """Return the name of a tensor's storage, or an empty one."""
         address = t.untyped_storage().data_ptr()
-        part = self._parts.get(address, {}).get(int(t.storage_offset()))
-        return part or self._names.get(address, "")
+        whole = self._names.get(address, "")
+        if self._packed_in(t):
+            return whole
+        return self._parts.get(address, {}).get(int(t.storage_offset())) or whole
 
     def __torch_dispatch__(
         self,
@@ -123,20 +135,40 @@ class NameOperators(TorchDispatchMode):
             causal = args[3] if operator == "attention_forward" else args[6]
             names = ("out", "lse") if operator == "attention_forward" else ("dq", "dk", "dv")
             for t, name in zip(made, names, strict=True):
-                self.name(t, name if causal else f"{name} part")
+                self.name(t, name if causal else name + _PART)
             self._log.add("compute", "attention", "own keys" if causal else "earlier keys")
         elif operator in _GEMMS:
             product = _PRODUCTS.get(frozenset(self._base(t) for t in read), "")
             for t in made or written:
                 self._rename(t, product)
             self._log.add("compute", "projection", product or "?", loop)
-        elif schema.startswith(("c10d::", "_c10d_functional::")):
+        elif schema.startswith("_c10d_functional::"):
+            self._functional(operator, args[0], made)
+        elif schema.startswith("c10d::"):
             if operator == "alltoall_base_":
                 self._rename(args[0], self.name_of(args[1]))
         elif operator == "copy_" and self._log.stream is not None:
             self._copy(args[0], args[1], loop)
         else:
             self._other(operator, read, made, written, loop)
+
+    def _functional(self, operator: str, source: Tensor, made: list[Tensor]) -> None:
+        """A functional collective, or the wait for one."""
+        if operator in _FUNCTIONAL:
+            (received,) = made
+            self._rename(received, self.name_of(source))
+            parts = self._packed_in(source)
+            ranks = range(received.numel() // source.numel())  # more than one in a gather
+            self._parts_of(
+                received, {rank * source.numel() + at: name for rank in ranks for at, name in parts.items()}
+            )
+            sent = self.name_of(source).removesuffix(_WIDE)
+            operation = self._log.add("communication", _FUNCTIONAL[operator], sent)
+            self._under_way[received.untyped_storage().data_ptr()] = operation
+        elif operator == "wait_tensor":
+            started = self._under_way.pop(source.untyped_storage().data_ptr(), None)
+            if started is not None:
+                started.done = self._log.count + 1
 
     def _copy(self, target: Tensor, source: Tensor, loop: int) -> None:
         """A copy on a side stream."""
@@ -149,8 +181,7 @@ class NameOperators(TorchDispatchMode):
         else:
             moved, parts = self._contents.get(source.untyped_storage().data_ptr(), ("", {}))
             self._rename(target, "tiles" if loop else moved)
-            if parts:
-                self._parts[target.untyped_storage().data_ptr()] = dict(parts)
+            self._parts_of(target, parts)
         self._log.add(self._log.stream, "copy", moved, loop)
 
     def _other(
@@ -158,8 +189,13 @@ class NameOperators(TorchDispatchMode):
     ) -> None:
         source = next((name for t in read if (name := self.name_of(t))), "")
         for t in made:
-            # Another shape than its model's: what is first written to it says what it is.
-            self._rename(t, "" if operator.startswith("new_") else "tiles" if loop else source)
+            # Another shape or other values than its model's: what is first written to it says what it is.
+            empty = operator.startswith("new_") or operator == "zeros_like"
+            self._rename(t, "" if empty else "tiles" if loop else self._computed(operator, t, read) or source)
+            if len(read) == 1 and read[0].numel() == t.numel() and not loop:  # a copy, or a conversion
+                self._parts_of(t, self._packed_in(read[0]))
+        if operator == "cat" and not loop:
+            self._packed(made[0], read)
         for t in written:
             address = t.untyped_storage().data_ptr()
             whole = t.nbytes == t.untyped_storage().nbytes()
@@ -167,11 +203,42 @@ class NameOperators(TorchDispatchMode):
                 self._parts.setdefault(address, {})[int(t.storage_offset())] = source
             if not self._names.get(address):
                 self._rename(t, source)
+                if operator == "add_" and not loop:  # a sum begins, and this is the first of its parts
+                    for part in read:
+                        self._rename(part, self._base(part) + _PART)
         if operator in ("empty", "empty_like", "new_empty", "detach"):
             return
         if any(t.numel() >= _SMALL for t in (*made, *written)):
             name = next((n for t in (*written, *made) if (n := self._base(t))), "")
             self._log.add("compute", "elementwise", name, loop)
+
+    def _computed(self, operator: str, result: Tensor, read: list[Tensor]) -> str:
+        """The name of what was computed from tensors of one width, some of them perhaps broadcast to it."""
+        names = [name for t in read if t.numel() == result.numel() and (name := self.name_of(t))]
+        if operator == "sub" and len(names) == 2:
+            first, second = (name.removesuffix(_WIDE) for name in names)
+            if first.removesuffix(_PART) == second.removesuffix(_PART) and first != second:
+                return "merge"  # how far the part of one block is from what was merged before
+        return names[0] if names else ""
+
+    def _packed(self, whole: Tensor, parts: list[Tensor]) -> None:
+        """Tensors of several names, one after the other in one."""
+        names = [self.name_of(t).removesuffix(_WIDE) for t in parts]
+        if len({self._base(t) for t in parts}) > 1 and whole.dim() == 1:
+            self._rename(whole, _AND.join(names))
+            offsets = accumulate((t.numel() for t in parts[:-1]), initial=0)
+            self._parts_of(whole, dict(zip(offsets, names, strict=True)))
+
+    def _packed_in(self, t: Tensor) -> dict[int, str]:
+        """The parts of a tensor in which several were packed, if it is all of its storage."""
+        address = t.untyped_storage().data_ptr()
+        packed = _AND in self._names.get(address, "") and t.nbytes == t.untyped_storage().nbytes()
+        return self._parts.get(address, {}) if packed else {}
+
+    def _parts_of(self, t: Tensor, parts: dict[int, str]) -> None:
+        """Name the parts of a storage."""
+        if parts:
+            self._parts[t.untyped_storage().data_ptr()] = dict(parts)
 
     def _rename(self, t: Tensor, name: str) -> None:
         if t.untyped_storage().data_ptr() in self._fixed:
@@ -186,7 +253,7 @@ class NameOperators(TorchDispatchMode):
             self._fixed.add(t.untyped_storage().data_ptr())
 
     def _base(self, t: Tensor) -> str:
-        return self.name_of(t).removesuffix(_WIDE).removesuffix(" part")
+        return self.name_of(t).removesuffix(_WIDE).removesuffix(_PART)
 
     def _loop(self) -> int:
         """The call of a tile loop around the operator that runs now, or 0."""
@@ -212,7 +279,9 @@ def _group(name: str) -> str:
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, AsyncCollectiveTensor):
+            yield value.elem
+        elif isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -46,15 +46,16 @@ from cpbench.runtime.memo import Memo
 from cpbench.runtime.recorder import Recorder
 from cpbench.runtime.rope import Rope
 from cpbench.runtime.streams import StreamName, Streams
-from cpbench.train import DTYPES
+from cpbench.train import DTYPES, World
 from cpbench.worker import leave, run_rank
+from cpbench.world.emulate import emulated_world
 
 _LONG_ELEMENTS = 2**26
 """Elements of a tensor of all query heads of a rank that has 16 Ki tokens, 4096 wide."""
 
 
 def record_block(case: Case, method: Method, given: Case, ranks: Ranks) -> BlockSchedule:
-    """Run a block of a case on all its ranks and return its schedule on the rank that needed most.
+    """Run a block of a case on all its ranks at once and return its schedule on the rank that needed most.
 
     Args:
         case: resolved.
@@ -62,33 +63,58 @@ def record_block(case: Case, method: Method, given: Case, ranks: Ranks) -> Block
         given: the case as asked for.
         ranks: all or one; every one of them must call this.
     """
-    mine = _Run(case, method, ranks).record(given.options)
+    mine = _Run(case, method, ranks.world(method.layout(case, ranks.rank))).record(given.options)
     found: list[str] = [mine.model_dump_json()] * ranks.size
     if ranks.size > 1:
         dist.all_gather_object(found, found[0])
-    schedules = [BlockSchedule.model_validate_json(text) for text in found]
-    return max(schedules, key=lambda s: (max(s.forward_peak_bytes, s.backward_peak_bytes), -s.rank))
+    return _neediest(BlockSchedule.model_validate_json(text) for text in found)
+
+
+def emulate_ranks(given: Case, plugins: Sequence[Path]) -> list[BlockSchedule]:
+    """Run a block of a case as each of its ranks in turn, alone, and return the schedules of all.
+
+    Args:
+        given: the case as asked for, with mode emulate.
+        plugins: files of further methods.
+
+    Raises:
+        Unsupported: the method would refuse the case on CUDA too.
+    """
+    case, method = _ready(given, plugins)
+    found = []
+    for rank in range(case.world_size):
+        with emulated_world(case, method.layout(case, rank), rank) as world:
+            found.append(_Run(case, method, world).record(given.options))
+    return found
+
+
+def _neediest(schedules: Iterable[BlockSchedule]) -> BlockSchedule:
+    """The one with the higher of its two peaks the highest, then the other, then the first rank."""
+
+    def need(s: BlockSchedule) -> tuple[int, int, int]:
+        smaller, larger = sorted((s.forward_peak_bytes, s.backward_peak_bytes))
+        return larger, smaller, -s.rank
+
+    return max(schedules, key=need)
 
 
 class _Run:
     """One block on one rank."""
 
-    def __init__(self, case: Case, method: Method, ranks: Ranks) -> None:
-        layout = method.layout(case, ranks.rank)
-        ulysses, ring = ranks.groups(layout)
-        self.case, self.method, self.ranks = case, method, ranks
+    def __init__(self, case: Case, method: Method, world: World) -> None:
+        self.case, self.method, self.rank = case, method, world.rank
         self.recorder, self.log = Recorder(), BlockLog()
         self.names = NameOperators(self.recorder, self.log, wide=DTYPES[case.dtype] is not torch.float32)
         self.sent: dict[PhaseName, CollectiveLog] = {}
-        streams = _LoggedStreams(ranks.device, self.log)
-        pool = _LoggedPool(ranks.device, streams, self.recorder, asynchronous=True)
+        streams = _LoggedStreams(world.device, self.log)
+        pool = _LoggedPool(world.device, streams, self.recorder, asynchronous=True)
         pool.log = self.log
         self.ctx = AttentionContext(
             case=case,
-            ulysses=ulysses,
-            ring=ring,
+            ulysses=world.ulysses,
+            ring=world.ring,
             kernels=select_kernels(case),
-            rope=Rope(layout.segments, case.architecture.rope_theta),
+            rope=Rope(method.layout(case, world.rank).segments, case.architecture.rope_theta),
             recorder=self.recorder,
             host=pool,
             parts_tile=_smaller(TILES.parts, case),
@@ -104,15 +130,18 @@ class _Run:
             timeline = trace.stop()
         case, a = self.case, self.case.architecture
         with _no_scratch():
-            # The host pool here keeps sources as on CUDA.
-            costs = self.method.costs(case.model_copy(update={"device": "cuda"}))
+            # The host pool here keeps sources as on CUDA.  A method that runs there alone has terms for the copies that
+            # CUDA's operators make, and none of those ran here.
+            device = "cpu" if case.mode == "emulate" else "cuda"
+            costs = self.method.costs(case.model_copy(update={"device": device}))
         drawn = slots(self.log, timeline)
         return BlockSchedule(
             method=case.method,
             options=case.options,
             given=given,
+            emulated=case.mode == "emulate",
             world_size=case.world_size,
-            rank=self.ranks.rank,
+            rank=self.rank,
             seq_len=case.seq_len,
             num_heads=a.num_heads,
             num_kv_heads=a.num_kv_heads,
@@ -287,22 +316,33 @@ def _no_scratch() -> Iterator[None]:
 
 
 def record(cases: Sequence[Case], plugins: Sequence[Path]) -> BlockSchedules:
-    """Record a block of each case; a case of one rank runs on rank 0."""
+    """Record a block of each case; a case of one rank runs on rank 0, emulated ones in this process alone."""
     torch.set_num_threads(1)  # the scratch of the CPU kernel depends on it
+    if all(case.mode == "emulate" for case in cases):
+        return BlockSchedules(schedules=tuple(_neediest(emulate_ranks(given, plugins)) for given in cases))
     dist.init_process_group("gloo", timeout=timedelta(minutes=5))
     try:
         everyone, alone = Ranks.make(torch.device("cpu"))
         found = []
         for given in cases:
-            method = registry.load(given.method, given.options, plugins)
-            case = given.model_copy(update={"options": registry.resolved_options(method)})
-            method.check(case)
+            case, method = _ready(given, plugins)
             ranks = alone if case.world_size == 1 else everyone
             if ranks is everyone or dist.get_rank() == 0:
                 found.append(record_block(case, method, given, ranks))
         return BlockSchedules(schedules=tuple(found))
     finally:
         dist.destroy_process_group()
+
+
+def _ready(given: Case, plugins: Sequence[Path]) -> tuple[Case, Method]:
+    """The resolved case and its method.
+
+    What is emulated here is a method that refuses CPU, so it is asked whether it would run the case on CUDA.
+    """
+    method = registry.load(given.method, given.options, plugins)
+    case = given.model_copy(update={"options": registry.resolved_options(method)})
+    method.check(case.model_copy(update={"device": "cuda"}) if case.mode == "emulate" else case)
+    return case, method
 
 
 def main(job_file: str) -> int:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, Po
 from cpbench.case import Dtype, OptionValue
 
 Lane = Literal["compute", "communication", "copy_out", "copy_in"]
-Kind = Literal["projection", "attention", "elementwise", "all_to_all", "send", "copy"]
+Kind = Literal["projection", "attention", "elementwise", "all_to_all", "all_gather", "send", "copy"]
 PhaseName = Literal["forward", "recomputation", "backward"]
 
 
@@ -64,6 +64,8 @@ class BlockSchedule(BaseModel):
     """Every option."""
     given: dict[str, OptionValue]
     """Options that were asked for."""
+    emulated: bool
+    """The rank ran alone, and the others sent what it has."""
     world_size: PositiveInt
     rank: NonNegativeInt
     seq_len: PositiveInt

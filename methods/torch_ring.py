@@ -73,7 +73,8 @@ class TorchRing:
         backward the same, and dK, dV in float32 on R hops, 4K R.
 
         Peaks are at the second step.  The rotation then holds V: 2K R with `allgather`; hop by hop the block in use and
-        the one that arrives, 4K (2K for R = 2).
+        the one that arrives, 4K (2K for R = 2), and in forward, 6K, the packed one too, which only the exchange holds
+        until it is waited for.
 
         Forward, on the last rank, which attends to half of an arrived block: q, k, v; V; a part of out; four float32
         tensors of its width (the merged output, the part, their difference, that difference weighted); two lse and the
@@ -82,9 +83,14 @@ class TorchRing:
         Backward, there: q, k, v, out, dout, lse; V and the packed block that was sent; dq in float32; dK/dV in float32
         as merged, as packed and as they arrive, 12K; the gradients of the first step, M + 2K, which the loop still
         names; those of this one, M + K; the kernel's scratch A over n queries and n/2 keys: **7M + 19K + V + L + A**.
-        The first rank attends with half of its queries to whole blocks: **6.5M + 20K + V + L + A'**, where A' is over
-        n/2 queries and n keys and has the copies that ATen makes of what is not contiguous token by token: the half of
-        out, which the merge left head by head, M/2, and in a batch the half of dout, M/2.
+        A rank between the first and the last (R > 2) does the same, but half of its output was merged apart, which left
+        out head by head, and ATen copies what is not contiguous token by token: **8M + 19K + V + L + A**.
+
+        The first rank attends with half of its queries to whole blocks, and copies their half of the log-sum-exp:
+        **6.5M + 20K + V + 1.5L + A'**, where A' is over n/2 queries and n keys and has such copies: of the half of
+        out, M/2, and in a batch of that of dout, M/2.  When half of dq is updated afterwards, out of place, A', the
+        copies and the gradients of the first step are gone, and dq is there twice: **7.5M + 18K + V + 1.5L**, which is
+        more only where A' is small, as on CPU.
         """
         r, a, size = case.world_size, case.architecture, HeadBytes.of(case, tokens=case.tokens_per_rank)
         m, k, n, f = size.q, size.kv, case.tokens_per_rank, 4 // size.element
@@ -93,22 +99,27 @@ class TorchRing:
         forward = {rotation: 2 * k * (r - 1)}
         backward = dict(forward)
         backward["all_to_all"] = backward.get("all_to_all", 0) + 2 * f * k * r
-        held = 2 * k * r if self.rotate == "allgather" else 4 * k if r > 2 else 2 * k
+        gathered = 2 * k * r if self.rotate == "allgather" else 0
+        held = gathered or (4 * k if r > 2 else 2 * k)
+        held_forward = gathered or (6 * k if r > 2 else 2 * k)
 
         def scratch(queries: int, keys: int) -> int:
             q_shape = (case.batch_size, queries, a.num_heads, a.head_dim)
             k_shape = (case.batch_size, keys, a.num_kv_heads, a.head_dim)
             return scratch_of(select_kernels(case).name, q_shape, k_shape, size.element, backward=True)
 
-        copied = (m // 2 if case.device == "cuda" else 0) + (m // 2 if case.batch_size > 1 else 0)
+        out_copied = m if case.device == "cuda" else 0
+        copied = out_copied // 2 + (m // 2 if case.batch_size > 1 else 0)
         sums = f * m + 6 * f * k  # dq, and three times dK/dV
         last = 5 * m + 7 * k + sums + scratch(n, n // 2)
-        first = 4 * m + m // 2 + 8 * k + sums + scratch(n // 2, n) + copied
+        between = last + (out_copied if r > 2 else 0)
+        first = 4 * m + m // 2 + 8 * k + sums + scratch(n // 2, n) + copied + lse // 2
+        update = 3 * m + m // 2 + 6 * k + sums + f * m + lse // 2
         return Costs(
             forward_collective_bytes=forward,
             backward_collective_bytes=backward,
-            forward_peak_bytes=(1 + 4 * f) * m + (m if f > 1 else 0) + 2 * k + held + 3 * lse,
-            backward_peak_bytes=max(first, last) + held + lse,
+            forward_peak_bytes=(1 + 4 * f) * m + (m if f > 1 else 0) + 2 * k + held_forward + 3 * lse,
+            backward_peak_bytes=max(first, update, between) + held + lse,
         )
 
 

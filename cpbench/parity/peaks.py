@@ -8,6 +8,7 @@ smaller peak to be 4 GiB (a method may hold no more than chunks of fixed size).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpbench.block_count import BlockCount, count_block
 from cpbench.case import Case
 from cpbench.errors import Unsupported
-from cpbench.method import Method
+from cpbench.method import Method, representative_ranks
 from cpbench.runtime.costs import HeadBytes
 from cpbench.verification import Check, Peaks
 
@@ -80,8 +81,9 @@ def _check(name: str, counted: int, stated: int) -> Check:
 
 
 def _peaks(case: Case, method: Method, operators: int) -> Peaks:
-    # Rank 0 and the last: under a causal mask they differ most.
-    counts = [_count(case, method, rank, operators) for rank in sorted({0, case.world_size - 1})]
+    # Rank 0 and the last, which under a causal mask differ most, and what does the work of both.
+    ranks = {0, case.world_size - 1, *representative_ranks(partial(method.layout, case))}
+    counts = [_count(case, method, rank, operators) for rank in sorted(ranks)]
     costs = method.costs(case)
     return Peaks(
         tokens_per_rank=case.tokens_per_rank,

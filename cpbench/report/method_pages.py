@@ -3,7 +3,7 @@
     python -m cpbench.report.method_pages [METHOD ...]
 
 The recordings are real runs on CPU processes (`cpbench.block_recorder`), kept in `docs/methods/data`; a page is written
-by hand but for what stands between its two marks.  `torch-ring` is not among them: it does not run on CPU.
+by hand but for what stands between its two marks.  `torch-ring`, which refuses CPU processes, is emulated there.
 """
 
 from __future__ import annotations
@@ -34,12 +34,19 @@ _RECORDED: dict[str, tuple[tuple[dict[str, OptionValue], int, int], ...]] = {
     "fpdt": (({"chunk_tokens": 128}, 4, 384),),
     "offload": (({}, 4, 512),),
     "upipe": (({}, 4, 512), ({"published": True}, 4, 512)),
+    "torch-ring": (({}, 4, 512), ({"rotate": "alltoall"}, 4, 512)),
 }
 """Options, ranks and tokens of every recording."""
+_EMULATED = frozenset({"torch-ring"})
+"""Methods that refuse CPU processes: one rank runs alone, as each of the ranks in turn."""
+_WITHOUT_CPU = (
+    "What runs is torch's own ring function, with this project's CPU kernel, because torch's sharded attention has no "
+    "CPU operators.\n"
+)
 _ARCHITECTURE = ModelConfig(
     hidden_dim=1024, num_layers=1, num_heads=16, num_kv_heads=4, head_dim=64, ffn_dim=1024, vocab_size=512
 )
-_KINDS = {"all_to_all": "all-to-all", "send": "to the next rank"}
+_KINDS = {"all_to_all": "all-to-all", "all_gather": "all-gather", "send": "to the next rank"}
 
 
 def cases(methods: Iterable[str]) -> list[Case]:
@@ -61,18 +68,26 @@ def cases(methods: Iterable[str]) -> list[Case]:
                     architecture=_ARCHITECTURE,
                     seq_len=tokens,
                     world_size=ranks,
+                    mode="emulate" if method in _EMULATED else "measure",
                 )
             )
     return found
 
 
 def record(methods: Iterable[str]) -> list[BlockSchedule]:
-    """Run a block of each method on CPU processes, all in one launch.
+    """Run a block of each method on CPU processes: one launch for all that have real ranks, one for all others.
 
     Raises:
-        CpbenchError: the launch failed; the message has the end of the log.
+        CpbenchError: a launch failed; the message has the end of the log.
     """
     wanted = cases(methods)
+    by_mode = [[case for case in wanted if case.mode == mode] for mode in ("measure", "emulate")]
+    found = [schedule for some in by_mode if some for schedule in _launched(some)]
+    order = {method: index for index, method in enumerate(dict.fromkeys(case.method for case in wanted))}
+    return sorted(found, key=lambda s: order[s.method])
+
+
+def _launched(wanted: Sequence[Case]) -> list[BlockSchedule]:
     with tempfile.TemporaryDirectory(prefix="cpbench-block-") as folder:
         job = Job(
             case=max(wanted, key=lambda case: case.world_size),
@@ -194,15 +209,22 @@ def _literal(text: str) -> str:
 
 def _subtitle(schedules: Sequence[BlockSchedule]) -> str:
     s = schedules[0]
-    ranks = "1 process" if s.world_size == 1 else f"{s.world_size} processes (rank {s.rank} is shown)"
     given = f" {_heading(s)};" if s.given and len(schedules) == 1 else ""
     return (
-        f"Recorded in a real run on CPU, {ranks}:{given} {s.num_heads} query and {s.num_kv_heads} KV heads of "
-        f"{s.head_dim}, {s.seq_len} tokens, {s.dtype}.\n"
+        f"{_how(s)}:{given} {s.num_heads} query and {s.num_kv_heads} KV heads of "
+        f"{s.head_dim}, {s.seq_len} tokens, {s.dtype}.\n{_WITHOUT_CPU if s.emulated else ''}"
         "A column is one operation, in the order in which they were started; widths say nothing about time.\n"
         f"M = all query heads of a rank's tokens = {s.unit_bytes // 1024} KiB here. Left out: x, y, their gradients, "
         "what is of a weight's size, workspaces inside operators."
     )
+
+
+def _how(s: BlockSchedule) -> str:
+    """Where a recording comes from."""
+    if s.emulated:
+        return f"Recorded on CPU as rank {s.rank} of {s.world_size}, emulated (the others send what this one has)"
+    ranks = "1 process" if s.world_size == 1 else f"{s.world_size} processes (rank {s.rank} is shown)"
+    return f"Recorded in a real run on CPU, {ranks}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -44,18 +44,20 @@ _KINDS: dict[Kind, tuple[str, str, str]] = {
     "projection": ("#a9bcd6", _INK, "projection (GEMM)"),
     "elementwise": ("#e1e6ee", _INK, "merge, copy, conversion"),
     "all_to_all": ("#e6a23c", _INK, "all-to-all"),
+    "all_gather": ("#c9742b", "white", "all-gather"),
     "send": ("#f3d38c", _INK, "to the next rank"),
     "copy": ("#7cc4b4", _INK, "copy"),
 }
 """Colour, colour of the text on it, and name."""
 _GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "q": ("#4b5fc0", ("q",)),
-    "k, v": ("#88ccee", ("k", "v")),
+    "k, v": ("#88ccee", ("k", "v", "k, v")),
     "out": ("#44aa99", ("out",)),
     "dout": ("#ddcc77", ("dout",)),
     "dq": ("#cc6677", ("dq",)),
-    "dk, dv": ("#aa4499", ("dk", "dv")),
+    "dk, dv": ("#aa4499", ("dk", "dv", "dk, dv")),
     "log-sum-exp": ("#6b6b6b", ("lse",)),
+    "merge": ("#997700", ("merge",)),
     "tiles": ("#c3c9d2", ("tiles",)),
 }
 """Colours after Paul Tol's "muted" scheme, in the order of the stack, bottom first."""
@@ -301,7 +303,7 @@ def _stacked(schedule: BlockSchedule) -> dict[str, list[int]]:
     """Sums by group, plain tensors, float32 ones and parts apart, in the order of the stack."""
     found: dict[str, list[int]] = {}
     for group, (_, members) in _GROUPS.items():
-        for suffix in ("", _WIDE, _PART):
+        for suffix in ("", _WIDE, _PART, _PART + _WIDE):
             names = {member + suffix for member in members}
             columns = [sizes for name, sizes in schedule.alive.items() if name in names]
             if columns:
@@ -312,8 +314,8 @@ def _stacked(schedule: BlockSchedule) -> dict[str, list[int]]:
 def _look(name: str) -> tuple[str, str | None]:
     """Colour and hatch of a group."""
     base = name.removesuffix(_WIDE).removesuffix(_PART)
-    hatch = "////" if name.endswith(_WIDE) else "...." if name.endswith(_PART) else None
-    return _GROUPS[base][0], hatch
+    hatch = ("////" if name.endswith(_WIDE) else "") + ("...." if _PART in name else "")
+    return _GROUPS[base][0], hatch or None
 
 
 def _units(schedule: BlockSchedule) -> list[float]:
@@ -362,6 +364,8 @@ def _legends(figure: Figure, rows: Sequence[_Row], height: float) -> None:
 
 def _words(name: str) -> str:
     """A group in the legend."""
-    if name.endswith(_PART):
-        return f"{name.removesuffix(_PART)} of one block of keys"
+    if _PART in name:
+        return f"{name.replace(_PART, '')} of one block of keys"
+    if name.startswith("merge"):
+        return f"differences in the merge{name.removeprefix('merge')}"
     return "tiles of a fixed size" if name == "tiles" else name

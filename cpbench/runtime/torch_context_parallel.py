@@ -7,8 +7,8 @@ treats them as they are.
 
 Fake tensors (an estimate) are on no CUDA device, and torch's sharded attention has no CPU operators.  There the
 function that `context_parallel` ends in, `_templated_ring_attention`, is called with the kernel of the case, so that
-its buffers are those of PyTorch; DTensor adds none.  What it cannot show is a send buffer that NCCL holds until the
-receiver waits (two K/V blocks at most).
+its buffers are those of PyTorch; DTensor adds none.  A fake exchange holds nothing; NCCL holds what is sent until the
+wait, and so does the rotation here.
 
 Written against torch 2.11 to 2.13, whose sources agree in every name used here.
 """
@@ -125,7 +125,7 @@ class TorchRingCore:
             return _swap(out), lse
 
         set_rotate_method(self._rotate)
-        with _no_waits(q):
+        with _as_exchanged(q):
             out, lse, *_ = torch_ring._templated_ring_attention(
                 self._group, 2, attention, _swap(q), _swap(k), _swap(v), is_causal=True
             )
@@ -155,7 +155,7 @@ class TorchRingCore:
             return tuple(_swap(grad) for grad in grads)
 
         set_rotate_method(self._rotate)
-        with _no_waits(q):
+        with _as_exchanged(q):
             dq, dk, dv, *_ = torch_ring._templated_ring_attention_backward(
                 self._group,
                 2,
@@ -173,13 +173,35 @@ class TorchRingCore:
 
 
 @contextmanager
-def _no_waits(t: Tensor) -> Iterator[None]:
-    """Skip waits for fake tensors: torch's fake kernel of a wait makes a second tensor, the real ones make none."""
+def _as_exchanged(t: Tensor) -> Iterator[None]:
+    """Let fake tensors live as long as real ones that are exchanged.
+
+    torch's fake kernel of a wait makes a second tensor, where the real ones make none, so waits are skipped.
+    """
     if not isinstance(t, FakeTensor):
         yield
         return
-    with patch.object(_functional_collectives, "_maybe_wrap_tensor", lambda received: received):
+    with (
+        patch.object(_functional_collectives, "_maybe_wrap_tensor", lambda received: received),
+        patch.object(torch_ring, "_AllToAllRotater", _HoldingRotater),
+    ):
         yield
+
+
+class _HoldingRotater(torch_ring._AllToAllRotater):
+    """Holds what it sends until what comes is waited for; of an all-gather it does not matter, which ends earlier."""
+
+    _sent: Tensor | None = None
+
+    def exchange_buffers(self, curr_buffer: Tensor) -> None:
+        """Start an exchange."""
+        self._sent = curr_buffer.contiguous()
+        super().exchange_buffers(self._sent)
+
+    def next_buffer(self) -> Tensor:
+        """End it."""
+        self._sent = None
+        return super().next_buffer()
 
 
 def _swap(t: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from cpbench import registry
 from cpbench.block_count import BlockCount, count_block
 from cpbench.case import STACKS, Case, OptionValue
-from cpbench.method import AttentionWeights, Costs, Method
+from cpbench.method import AttentionWeights, Costs, Method, representative_ranks
 from cpbench.model_config import ModelConfig
 from cpbench.resolve import resolve
 from cpbench.runtime.attention_block import Produce, Saved, attention_block
@@ -128,8 +129,9 @@ def runnable(name: str) -> Iterator[tuple[Case, Method]]:
 def differences(case: Case, method: Method) -> list[str]:
     """What is counted and not stated, in words; ranks of a ring differ, and the largest is what is stated."""
     stated = method.costs(case)
-    last = case.world_size - 1
-    ranks = {0, last} if method.layout(case, 0).ring_degree > 1 else {0}
+    ranks = {0, *representative_ranks(partial(method.layout, case))}
+    if method.layout(case, 0).ring_degree > 1:
+        ranks.add(case.world_size - 1)
     counts = [count_block(case, method, rank=rank) for rank in sorted(ranks)]
     found = [text for count in counts for text in wrong_bytes(count, stated)]
     for phase in ("forward", "backward"):

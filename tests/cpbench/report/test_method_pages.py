@@ -11,9 +11,9 @@ from cpbench import registry
 from cpbench.block_schedule import BlockSchedule
 from cpbench.errors import CpbenchError
 from cpbench.report import method_pages
-from cpbench.report.schedules import Block, write_schedule
+from cpbench.report.schedules import Block, _stacked, write_schedule
 
-RECORDED = ("single", "ring", "ulysses", "usp", "fpdt", "offload", "upipe")
+RECORDED = ("single", "ring", "ulysses", "usp", "fpdt", "offload", "upipe", "torch-ring")
 TILES = 0.1  # of M: what the tiles of a merge may add to a formula
 
 
@@ -71,6 +71,24 @@ def test_a_page_holds_the_tables_of_its_kept_data(method: str) -> None:
     page = (method_pages.FOLDER / f"{method}.md").read_text(encoding="utf-8")
 
     assert method_pages.replaced(page, method_pages.tables(method, method_pages.load(method))) == page
+
+
+@pytest.mark.parametrize("method", RECORDED)
+def test_everything_in_a_picture_has_a_name(method: str) -> None:
+    """No bar is without a name, and the colours of the stack add up to what is alive; a name unknown to it is found."""
+    for s in method_pages.load(method):
+        assert unnamed(s) == []
+    strange = {"strange" if name == "q" else name: sizes for name, sizes in s.alive.items()}
+    broken = s.model_copy(
+        update={"alive": strange, "bars": (s.bars[0].model_copy(update={"name": "?"}), *s.bars)}
+    )
+    assert unnamed(broken) == ["bar 0", "stack"]
+
+
+def unnamed(s: BlockSchedule) -> list[str]:
+    found = [f"bar {index}" for index, bar in enumerate(s.bars) if bar.name in ("", "?")]
+    drawn = [sum(column) for column in zip(*_stacked(s).values(), strict=True)]
+    return found + (["stack"] if drawn != s.totals() else [])
 
 
 def test_every_method_has_a_page_that_the_documentation_names() -> None:
