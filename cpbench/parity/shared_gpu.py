@@ -87,7 +87,7 @@ class SharedGpuGroup(PythonGroup):
         opts: Options = None,
     ) -> Work:
         """Send each rank its slot of the input; splits count rows, equal ones where none are given."""
-        self._count("all_to_all", input)
+        self._count("all_to_all", input, input_splits)
         received = torch.empty(output.shape, dtype=output.dtype)
         row = input.element_size() * math.prod(input.shape[1:])
         splits = [[size * row for size in sizes] for sizes in (output_splits, input_splits)]

@@ -112,9 +112,14 @@ class PythonGroup(_ProcessGroup):
         """Send each rank its slot of the input."""
         return self.all_to_all_single(output, input, output_splits, input_splits, opts)
 
-    def _count(self, kind: str, tensor: Tensor) -> None:
-        if PythonGroup.log is not None:
-            PythonGroup.log.add(kind, sent_bytes(kind, tensor.numel() * tensor.element_size(), self._size))
+    def _count(self, kind: str, tensor: Tensor, splits: Sequence[int] = ()) -> None:
+        """Count a collective; `splits` are those of an all-to-all's input, in rows."""
+        if PythonGroup.log is None:
+            return
+        size = tensor.numel() * tensor.element_size()
+        rows = sum(splits)
+        sent = size * (rows - splits[self._rank]) // rows if rows else sent_bytes(kind, size, self._size)
+        PythonGroup.log.add(kind, sent)
 
 
 class Queued(Work):

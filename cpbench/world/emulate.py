@@ -87,7 +87,7 @@ class EmulatedGroup(PythonGroup):
         opts: Options = None,
     ) -> Work:
         """Receive what this rank sends, slot by slot; with unequal splits, as much of it as comes."""
-        self._count("all_to_all", input)
+        self._count("all_to_all", input, input_splits)
         _fill(output, input)
         return Queued(output, input)
 

@@ -145,6 +145,18 @@ def test_all_to_all_gives_back_what_is_sent(world: World) -> None:
     assert output.tolist() == [1.0, 2.0, 1.0, 2.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("splits", "sent"), [([1, 1, 0, 0], 8), ([1, 0, 1, 0], 4), ([0, 0, 2, 0], 0), ([], 6)]
+)
+def test_what_a_rank_keeps_of_an_exchange_is_not_sent(splits: list[int], sent: int, world: World) -> None:
+    """Of unequal splits, everything but this rank's own; of equal ones, 3 of 4 parts."""
+    log = CollectiveLog()
+    given = torch.zeros(2 if splits else 4, dtype=torch.float32 if splits else torch.int16)
+    with counting(log):
+        dist.all_to_all_single(torch.empty_like(given), given, [], splits)
+    assert log.bytes == {"all_to_all": sent}
+
+
 def test_messages_come_back_in_order(world: World) -> None:
     """A ring pass receives what it sends; a receive may come first; one without a send gives zeros at its wait."""
     sent = torch.arange(6.0).view(2, 3), torch.ones(2)
