@@ -89,6 +89,10 @@ class Allocator(BaseModel):
     large_segment_bytes: NonNegativeInt
     """What requests between 1 and 10 MiB are cut from; larger ones have a segment each, a multiple of 2 MiB."""
 
+    workspace_bytes: NonNegativeInt
+    """What the library of matrix products keeps: a workspace for each thread that asks for products, and autograd's
+    thread does so beside the program's."""
+
     def unused_bytes(self, layers: int) -> int:
         """Return what is reserved and holds no tensor, at most, without fragmentation.
 
@@ -116,7 +120,7 @@ class Hardware(BaseModel):
     little."""
     allocator: Allocator
     context_bytes: NonNegativeInt
-    """What a process takes before its first tensor."""
+    """What a process takes beside the allocator and the collectives: its context, and the kernels that it loads."""
     communicator_bytes: NonNegativeInt
     """What the collective library takes for each communicator."""
     host_memory_bytes: PositiveInt

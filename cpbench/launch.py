@@ -28,6 +28,9 @@ from cpbench.record import write_text_atomically
 from cpbench.supervise import GRACE_SECONDS
 
 WORKER = ("-m", "cpbench.worker")
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""What torch reads the settings of its CUDA allocator from.  Without expandable segments, which long contexts are
+trained with, cached memory that no tensor fits into can take as much again as the tensors."""
 POLL_SECONDS = 0.1
 """Between two looks at what runs."""
 
@@ -194,6 +197,8 @@ def child_environment(local_world_size: int | None, *, single_node: bool) -> dic
     if (root / "pyproject.toml").is_file():  # a checkout that may not be installed
         inherited = environment.get("PYTHONPATH")
         environment["PYTHONPATH"] = str(root) + (os.pathsep + inherited if inherited else "")
+    if not any(name in environment for name in _ALLOCATOR_SETTINGS):
+        environment[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     if single_node and Path("/sys/class/net/lo").exists():
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return environment

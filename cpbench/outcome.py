@@ -184,13 +184,13 @@ def _read(path: Path) -> str:
 
 
 def _crash(lines: Sequence[str]) -> list[str]:
-    """What faulthandler wrote of a crash in native code: its kind, and the innermost calls of the thread."""
-    fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error:")), None)
-    if fatal is None:
-        return []
-    thread = next(
-        (i for i, line in enumerate(lines) if i > fatal and line.startswith("Current thread")), None
-    )
-    frames = lines[thread + 1 :] if thread is not None else []
-    innermost = takewhile(lambda line: line.startswith("  File "), frames)
-    return [lines[fatal], *islice((line.strip() for line in innermost), _LOG_LINES - 1)]
+    """What faulthandler wrote: the kind of a crash in native code, and the innermost calls of the program's thread.
+
+    A rank that was ended, as after a time-out, has the calls alone.
+    """
+    fatal = [line for line in lines if line.startswith("Fatal Python error:")][:1]
+    thread = next((i for i, line in enumerate(lines) if line.startswith("Current thread")), None)
+    if thread is None:
+        return fatal
+    innermost = takewhile(lambda line: line.startswith("  File "), lines[thread + 1 :])
+    return [*fatal, *islice((line.strip() for line in innermost), _LOG_LINES - 1)]

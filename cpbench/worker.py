@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -54,6 +55,8 @@ def run_rank(scratch: Path, log_dir: Path, run: Callable[[], BaseModel]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     _redirect_output(log_dir / f"rank{rank}.log")
     faulthandler.enable()  # a crash in native code leaves the lines that led to it in the log
+    # So does a rank that is ended because it took too long.
+    faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
     try:
         report = run()
         if rank == 0:

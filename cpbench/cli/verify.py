@@ -133,11 +133,12 @@ def verify(
             rich_help_panel=_PANEL_SHAPE,
         ),
     ] = False,
-    no_peaks: Annotated[
+    block_only: Annotated[
         bool,
         typer.Option(
-            "--no-peaks",
-            help="Leave out peaks, which are counted over fake tensors and are the same on every machine.",
+            "--block-only",
+            help="Check the attention block only: no whole models are trained, no peaks are counted. The quick way on "
+            "one GPU that all ranks share.",
         ),
     ] = False,
     device: Annotated[
@@ -219,8 +220,8 @@ def verify(
         timeout_seconds=timeout,
         selection=_selection(world, dtypes, given, quick=quick, full=full, drawn=drawn, seed=seed),
     )
-    if no_peaks:
-        request = replace(request, selection=replace(request.selection, counted=frozenset()))
+    if block_only:
+        request = replace(request, selection=replace(request.selection, counted=frozenset(), stacks={}))
     console = Console()
     with Interrupt() as interrupt, make_display(Console(stderr=True)) as display:
         report = run(request, display=display, should_stop=lambda: interrupt.came)

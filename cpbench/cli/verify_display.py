@@ -60,8 +60,8 @@ class VerifyDisplay:
         self._done += 1
         if result.verdict in ("fail", "error"):
             name = title(result.method, result.given)
-            reason = without_name(result.reason or "", result.method).splitlines()[:1]
-            self._print(f"{result.verdict}: {name} at {result.shape.title}: {''.join(reason)}")
+            reason = without_name(result.reason or "", result.method)
+            self._print(f"{result.verdict}: {name} at {result.shape.title}: {reason}")
 
     def _line(self, now: float) -> str:
         return f"[{self._done}/{self._total}] {self._phase} ({format_seconds(now - self._begin)})"

@@ -11,6 +11,7 @@ Categories (they add up to the live bytes at every moment):
     attention               what an attention block holds beyond its input and output
     mlp, norm, loss         temporaries of these
     kernel_scratch          what an attention kernel allocates and frees inside
+    workspace               what the library of matrix products keeps for itself, on CUDA
     other                   everything else
 
 Host memory (the offload pool) lives in the same allocator on CPU; it is marked and left out.
@@ -32,6 +33,7 @@ _BY_LABEL = {
     "residual": "residual",
     "attention_output": "residual",
     "attention_input_gradient": "residual",
+    "workspace": "workspace",
 }
 _PHASES = ("forward", "backward", "optimizer")
 _LARGEST = 24

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import FrameType
 from typing import Any, Protocol
@@ -23,17 +23,11 @@ from torch.distributed.tensor._op_schema import OpSchema
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cpbench.memory.frames import FSDP, is_ours
+from cpbench.memory.frames import site
 from cpbench.memory.timeline import Allocation, Event, Timeline
 from cpbench.runtime.kernels import scratch_bytes
 from cpbench.runtime.recorder import Recorder
 
-_PLUMBING = (
-    "/runtime/collectives.py",
-    "/runtime/kernels.py",
-    "/runtime/host_pool.py",
-    "/runtime/ring_attention.py",
-)
 _TORCH = frozenset(
     {
         "aten",
@@ -49,7 +43,6 @@ _TORCH = frozenset(
 )
 """Namespaces of operators that come with torch."""
 _BETWEEN = ("__torch_dispatch__",)  # of modes around this one
-_REDUCE = ("post_backward", "foreach_reduce", "reduce_scatter")
 
 
 class Observer(Protocol):
@@ -182,7 +175,9 @@ class FakeTrace(TorchDispatchMode):
         size = storage.size()
         if size == 0:
             return
-        allocation = Allocation(bytes=size, scope=tuple(self._recorder.path), site=_site(sys._getframe(1)))
+        allocation = Allocation(
+            bytes=size, scope=tuple(self._recorder.path), site=site(_frames(sys._getframe(1)))
+        )
         if tensor is not None:
             allocation.shape, allocation.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
         self._live[key] = (allocation, weakref.ref(storage, self._finaliser(key)))
@@ -210,25 +205,10 @@ class FakeTrace(TorchDispatchMode):
             known[0].label = label
 
 
-def _site(frame: FrameType | None) -> str:
-    """The line of ours that made an allocation, and whether FSDP did.
-
-    A line of a method or of the model says more than the line of the kernel or collective that it called.
-    """
-    ours, fsdp, plumbing = "", "", ""
-    depth = 0
-    while frame is not None and depth < 60 and not ours:
-        name = frame.f_code.co_filename
-        if FSDP in name and not fsdp.startswith("FSDP::reduce"):
-            reduce = any(part in frame.f_code.co_name for part in _REDUCE)
-            fsdp = "FSDP::reduce" if reduce else "FSDP::all_gather"
-        elif frame.f_code.co_name in _BETWEEN or name == __file__:
-            pass
-        elif is_ours(name):
-            line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
-            if name.endswith(_PLUMBING):
-                plumbing = plumbing or line
-            else:
-                ours = line
-        frame, depth = frame.f_back, depth + 1
-    return " > ".join(part for part in (ours or plumbing, fsdp) if part)
+def _frames(frame: FrameType | None) -> Iterator[tuple[str, int, str]]:
+    """Frames as `cpbench.memory.frames.site` takes them, without this module's own and those of modes around it."""
+    while frame is not None:
+        file, function = frame.f_code.co_filename, frame.f_code.co_name
+        if function not in _BETWEEN and file != __file__:
+            yield file, frame.f_lineno, function
+        frame = frame.f_back

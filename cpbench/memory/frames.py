@@ -6,8 +6,9 @@ By where packages are installed, never by a name in a path: a checkout in a fold
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -18,6 +19,38 @@ from cpbench import registry
 FSDP = "torch/distributed/fsdp/"
 """Part of the path of every file of FSDP."""
 _INSTALLED = ("/site-packages/", "/dist-packages/")
+
+
+_PLUMBING = (
+    "/runtime/collectives.py",
+    "/runtime/kernels.py",
+    "/runtime/host_pool.py",
+    "/runtime/ring_attention.py",
+)
+_REDUCE = ("post_backward", "foreach_reduce", "reduce_scatter")
+_DEEPEST = 60
+
+
+def site(frames: Iterable[tuple[str, int, str]]) -> str:
+    """Return the line of ours that made an allocation, and whether FSDP did.
+
+    A line of a method or of the model says more than the line of the kernel or collective that it called.
+
+    Args:
+        frames: file, line and function, innermost first.
+    """
+    ours, fsdp, plumbing = "", "", ""
+    for file, number, function in islice(frames, _DEEPEST):
+        if FSDP in file and not fsdp.startswith("FSDP::reduce"):
+            reduce = any(part in function for part in _REDUCE)
+            fsdp = "FSDP::reduce" if reduce else "FSDP::all_gather"
+        elif is_ours(file):
+            line = f"{file.rsplit('/', 1)[-1]}:{number} {function}"
+            if not file.endswith(_PLUMBING):
+                ours = line
+                break
+            plumbing = plumbing or line
+    return " > ".join(part for part in (ours or plumbing, fsdp) if part)
 
 
 @cache

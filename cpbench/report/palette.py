@@ -41,6 +41,7 @@ _CATEGORY_COLORS = {
     "norm": "#7b5fb0",
     "loss": "#b0743c",
     "kernel_scratch": "#6f9fa8",
+    "workspace": "#5d6b78",
     "other": "#9aa3ad",
 }
 """In the order of the stack: what a step always needs first, what it needs for a moment last."""

@@ -2,8 +2,8 @@
 
 A *scope* is a nested region such as forward / attention; a *mark* names the storage of a tensor after the fact
 ("this allocation is the block's output").  On CPU both become profiler annotations, which nest exactly with the
-allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata; an estimate
-reads both from here.
+allocator's events; on CUDA the scope path travels with every allocation as the allocator's own metadata, which is one
+for each thread, so the times of all changes are kept too; an estimate reads both from here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,15 @@ class Mark:
     label: str
 
 
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """From this time on, these scopes are open."""
+
+    time_ns: int
+    path: str
+    """Outermost first, separated by slashes."""
+
+
 @dataclass(slots=True)
 class Recorder:
     """Scopes and marks of one rank; inactive until a memory trace switches it on."""
@@ -38,6 +47,8 @@ class Recorder:
     device_type: str = "cpu"
     """`cpu`, `cuda`, or `fake` for an estimate."""
     marks: list[Mark] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+    """Every change of scope, on CUDA."""
     label: Callable[[Tensor, str], None] | None = None
     """Takes marks where there are no addresses: fake tensors."""
     path: list[str] = field(default_factory=list)
@@ -52,7 +63,7 @@ class Recorder:
         self.path.append(name)
         try:
             if self.device_type == "cuda":
-                torch.cuda.memory._set_memory_metadata("/".join(self.path))
+                self._tell_allocator()
                 yield
             elif self.device_type == "fake":
                 yield
@@ -64,7 +75,12 @@ class Recorder:
         finally:
             self.path.pop()
             if self.device_type == "cuda":
-                torch.cuda.memory._set_memory_metadata("/".join(self.path))
+                self._tell_allocator()
+
+    def _tell_allocator(self) -> None:
+        path = "/".join(self.path)
+        torch.cuda.memory._set_memory_metadata(path)
+        self.moments.append(Moment(time.time_ns(), path))
 
     def mark(self, label: str, *tensors: Tensor | None) -> None:
         """Name the storage of tensors that exist now; None is skipped."""

@@ -24,7 +24,7 @@ from cpbench.hardware import load_hardware
 from cpbench.machine import threads_of_rank
 from cpbench.memory.categories import MemoryNumbers, analyse
 from cpbench.memory.fake_trace import FakeTrace
-from cpbench.memory.timeline import Timeline
+from cpbench.memory.timeline import Allocation, Event, Timeline
 from cpbench.method import Method, representative_ranks
 from cpbench.optimizer import OffloadedAdamW
 from cpbench.record import Memory, RankReport, Software, WorkerReport
@@ -143,6 +143,19 @@ def traced_step(
         raise Unsupported(
             'the estimate does not know cuDNN\'s workspace; set attention_backend = "auto" in [run] of the scenario'
         )
+    traced = _traced(case, method, rank, edges)
+    traced.trace.events[:0] = _workspace(case)
+    return traced
+
+
+def _workspace(case: Case) -> list[Event]:
+    """What the library of matrix products keeps on the case's machine, from before the step."""
+    size = load_hardware(case.hardware).allocator.workspace_bytes if case.hardware is not None else 0
+    kept = Allocation(bytes=size, scope=(), site="workspace of matrix products", label="workspace")
+    return [Event(kept, False, ())] if size and case.device == "cuda" else []
+
+
+def _traced(case: Case, method: Method, rank: int, edges: Sequence[tuple[int, int]]) -> Traced:
     for below, above in edges:
         depth = Depth(_kinds(case), below, above)
         if depth.shallow >= depth.deep:

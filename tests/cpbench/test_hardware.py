@@ -55,6 +55,7 @@ def test_a_profile_without_rates_is_one_without_time(tmp_path: Path) -> None:
         'gpu = "mine"\ngpus_per_node = 2\ndevice_memory_bytes = 1\nusable_memory_bytes = 1\nmargin = 0.0\n'
         "context_bytes = 0\ncommunicator_bytes = 0\nhost_memory_bytes = 1\n"
         "[allocator]\nrounding_bytes = 1\nsmall_segment_bytes = 0\nlarge_segment_bytes = 0\n"
+        "workspace_bytes = 0\n"
         "{rates}[sources]\n"
     )
     path = tmp_path / "mine.toml"

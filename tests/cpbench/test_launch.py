@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -309,6 +310,43 @@ def test_threads_share_the_cores_unless_the_user_says_otherwise(monkeypatch: pyt
     assert "OMP_NUM_THREADS" not in child_environment(None, single_node=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert child_environment(4, single_node=True)["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize("theirs", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_are_expandable_unless_the_user_says_otherwise(
+    theirs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings of the user, under either name, are the only ones."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if theirs:
+        monkeypatch.setenv(theirs, "max_split_size_mb:64")
+    found = {k: v for k, v in child_environment(4, single_node=True).items() if "ALLOC_CONF" in k}
+    wanted = (
+        {theirs: "max_split_size_mb:64"} if theirs else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    )
+    assert found == wanted
+
+
+def test_a_rank_that_is_ended_says_where_it_was(tmp_path: Path) -> None:
+    """SIGTERM, as after a time-out, leaves the calls in the log, and the reason has the innermost ones."""
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom cpbench.worker import run_rank\n"
+        "def collective_that_hangs():\n    print('waiting', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
+        f"run_rank(Path({str(tmp_path)!r}), Path({str(tmp_path)!r}), collective_that_hangs)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=os.environ | {"RANK": "1"})
+    log = tmp_path / "rank1.log"
+    while not (log.is_file() and "waiting" in log.read_text(encoding="utf-8")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    job = fake_job(tmp_path / "job", "ok", timeout_seconds=2)
+    prepare(job, rank_log=log.read_text(encoding="utf-8"))
+    reason = str(ended(job, code=143, timed_out=True).reason)
+    assert "in collective_that_hangs" in reason
+    assert "waiting" not in reason
 
 
 def test_a_finished_rank_leaves_without_finalisation(tmp_path: Path) -> None:

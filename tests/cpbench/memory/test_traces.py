@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from cpbench.memory.categories import analyse
 from cpbench.memory.cpu_trace import CpuTrace
 from cpbench.memory.cuda_trace import timeline_of_snapshot
 from cpbench.runtime.kernels import Kernels
-from cpbench.runtime.recorder import Mark, Recorder
+from cpbench.runtime.recorder import Mark, Moment, Recorder
 
 
 def test_the_cpu_peak_is_exact_to_the_byte() -> None:
@@ -91,8 +92,14 @@ def test_kernel_scratch_is_told_apart_from_kernel_outputs() -> None:
     assert scratch
 
 
-def entry(action: str, address: int, size: int, time_us: int, scope: str) -> dict[str, Any]:
-    frames = [{"filename": "/somewhere/methods/ring.py", "line": 12, "name": "forward"}]
+OURS = ("/somewhere/methods/ring.py",)
+KERNEL = ("/site-packages/torch/_ops.py", "/somewhere/cpbench/runtime/kernels.py", *OURS)
+
+
+def entry(
+    action: str, address: int, size: int, time_us: int, scope: str, files: Sequence[str] = OURS
+) -> dict[str, Any]:
+    frames = [{"filename": file, "line": 12, "name": "forward"} for file in files]
     return {
         "action": action,
         "addr": address,
@@ -127,3 +134,68 @@ def test_a_cuda_snapshot_gives_the_same_kind_of_timeline() -> None:
     assert numbers.attention_forward_peak == 1024
     assert timeline.unmatched_frees == 1
     assert numbers.largest[1].site == "ring.py:12 forward"
+
+
+def test_what_a_kernel_frees_itself_is_its_scratch() -> None:
+    """Freed before anything else allocates: inside; freed after: a result of the kernel."""
+    trace = [
+        entry("alloc", 10, 100, 1, "step:1/forward/attention:0", KERNEL),
+        entry("alloc", 20, 700, 2, "step:1/forward/attention:0", KERNEL),
+        entry("free_completed", 20, 700, 3, "step:1/forward/attention:0"),
+        entry("alloc", 30, 5, 4, "step:1/forward/attention:0"),
+        entry("free_completed", 10, 100, 5, "step:1/forward/attention:0"),
+    ]
+    numbers = analyse(timeline_of_snapshot({}, trace, []), step="step:1")
+    assert numbers.by_category == {"attention": 100, "kernel_scratch": 700}
+
+
+def test_a_thread_that_still_has_the_path_of_its_last_step() -> None:
+    """The path that the program had at the time counts, unless the thread's own was just open too."""
+    moments = [
+        Moment(1_000_000, "step:1"),
+        Moment(1_100_000, "step:1/backward"),
+        Moment(1_200_000, "step:1/backward/attention:0"),
+        Moment(1_300_000, "step:1/backward"),
+    ]
+    trace = [
+        entry("alloc", 1, 10, 1050, "step:0/backward"),  # stale
+        entry("alloc", 2, 20, 1250, ""),  # a thread's first
+        entry("alloc", 3, 40, 1301, "step:1/backward/attention:0"),  # a clock that is off by a little
+        entry("alloc", 4, 80, 1400, "step:1/backward/attention:0"),  # stale
+    ]
+    timeline = timeline_of_snapshot({}, trace, [], moments=moments)
+    assert [event.scope for event in timeline.events] == [
+        ("step:1",),
+        ("step:1", "backward", "attention:0"),
+        ("step:1", "backward", "attention:0"),
+        ("step:1", "backward"),
+    ]
+
+
+def test_fsdp_and_workspaces_on_cuda_have_the_categories_of_an_estimate() -> None:
+    """FSDP by its files, the workspaces of matrix products by their addresses."""
+    fsdp = "/site-packages/torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py"
+    before = {
+        "segments": [
+            {
+                "device": 0,
+                "blocks": [
+                    {"state": "active_allocated", "address": 1, "size": 32},
+                    {"state": "active_allocated", "address": 2, "size": 64},
+                    {"state": "inactive", "address": 3, "size": 128},
+                ],
+            }
+        ]
+    }
+    gathered = entry(
+        "alloc", 4, 256, 5, "step:1/forward", (fsdp, "/site-packages/torch/nn/modules/module.py")
+    )
+    reduced = entry("alloc", 5, 512, 6, "step:1/backward", (fsdp,))
+    reduced["frames"][0]["name"] = "foreach_reduce"
+    timeline = timeline_of_snapshot(before, [gathered, reduced], [], workspaces=frozenset({2}))
+    assert analyse(timeline, step="step:1").by_category == {
+        "other": 32,
+        "workspace": 64,
+        "unsharded_parameters": 256,
+        "communication_buffers": 512,
+    }
