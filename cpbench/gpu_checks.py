@@ -96,7 +96,7 @@ class Checks:
             "cpbench",
             "verify",
             "--quick",
-            "--no-peaks",
+            "--block-only",
             "--json",
             "--device",
             self.given.device,
