@@ -2,10 +2,11 @@
 
     python -m cpbench.gpu_checks --out runs/gpu-checks [--skip STEP ...]
 
-    parity        every attention kernel, and every method's attention with its ranks as threads on the device
+    kernels       every attention kernel against textbook attention
     rates         single operations, beside the time model's rates of the profile
     verify        `cpbench verify` of every method, with ranks as processes that share the device
     measured      training steps of a world of one under torchrun, and the signed error of the estimate of its peak
+    fits          lengths around the longest that the estimate says fits: it may refuse what runs, but not the reverse
     throughput    the compute of two methods of an emulated rank, more steps
     sweep         one emulated rank, all methods, shorter lengths first; the signed error of the estimate of its peak
 
@@ -16,7 +17,6 @@ network.  `--device cpu` with a small model and `--dtype float32` runs the same 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import signal
 import subprocess
@@ -24,11 +24,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpbench import registry
 from cpbench.errors import CpbenchError
+from cpbench.kernel_finding import KernelFinding, KernelFindings
 from cpbench.launch import child_environment
 from cpbench.machine import visible_gpus
 from cpbench.rate_probe import RateProbe, RateProbes
@@ -37,15 +38,8 @@ from cpbench.supervise import GRACE_SECONDS
 from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds, parse_length
 from cpbench.verification import VerifyReport, title
 
-_MADE = (
-    "sweep-*",
-    "throughput",
-    "measured",
-    "estimated",
-    "*.json",
-    "records.jsonl",
-    "table.txt",
-)
+_RUNS = ("measured", "estimated", "fits", "would-fit", "throughput", "sweep-*")
+_MADE = (*_RUNS, "kernels.json", "rates.json", "verify.json", "records.jsonl", "table.txt")
 _ALONE = "single"
 """The method of one rank: it does not belong in a sweep over a world."""
 BAR = (-0.01, 0.03)
@@ -61,6 +55,8 @@ class Sweep:
     methods: tuple[str, ...]
     layers: int
     steps: int = 1
+    mode: str = "emulate"
+    stack: str | None = None
 
 
 @dataclass(slots=True)
@@ -73,12 +69,11 @@ class Checks:
     took: dict[str, float] = field(default_factory=dict)
     """Seconds of each step that ran."""
 
-    def parity(self) -> None:
-        """Check kernels and methods."""
-        command = ["-m", "cpbench.parity.one_device", "--device", self.given.device]
-        command += ["--dtype", self.given.dtype, "--out", str(self._file)]
-        command += [item for name in self.given.method for item in ("--method", name)]
-        if self._run(command, self.given.parity_limit) != 0:
+    def kernels(self) -> None:
+        """Check attention kernels."""
+        command = ["-m", "cpbench.parity.kernel_checks", "--device", self.given.device]
+        command += ["--dtype", self.given.dtype, "--out", str(self.given.out / "kernels.json")]
+        if self._run(command, self.given.kernels_limit) != 0:
             self.failed = True
 
     def rates(self) -> None:
@@ -111,18 +106,34 @@ class Checks:
 
     def measured(self) -> None:
         """Train in a world of one, as `cpbench sweep` measures, and estimate the same."""
-        methods = tuple(self.given.method) or tuple(registry.method_files())
-        length = (self.given.measured_length,)
-        end = time.monotonic() + self.given.measured_limit
-        for name, mode in (("measured", "measure"), ("estimated", "estimate")):
-            sweep = Sweep(name=name, lengths=length, methods=methods, layers=self.given.layers)
-            if self._sweep(sweep, end - time.monotonic(), mode=mode) != 0:
-                self.failed = True
+        measured = Sweep(
+            name="measured",
+            lengths=(self.given.measured_length,),
+            methods=tuple(self.given.method) or tuple(registry.method_files()),
+            layers=self.given.layers,
+            mode="measure",
+        )
+        self._all([measured, replace(measured, name="estimated", mode="estimate")], self.given.measured_limit)
+
+    def fits(self) -> None:
+        """Run one method at lengths around the longest that an estimate says fits, and estimate the same."""
+        emulated = Sweep(
+            name="fits",
+            lengths=tuple(self.given.fit_length),
+            methods=(self.given.compare[1],),
+            layers=self.given.fit_layers,
+            stack="plain",
+        )
+        self._all([emulated, replace(emulated, name="would-fit", mode="estimate")], self.given.fits_limit)
 
     def sweep(self) -> None:
         """Run what the lengths ask for, the shortest first, so that a limit costs the longest."""
-        end = time.monotonic() + self.given.sweep_limit
-        for sweep in self.sweeps():
+        self._all(list(self.sweeps()), self.given.sweep_limit)
+
+    def _all(self, sweeps: Sequence[Sweep], limit: float) -> None:
+        """Run sweeps one after another within a limit."""
+        end = time.monotonic() + limit
+        for sweep in sweeps:
             left = end - time.monotonic()
             if left <= 0:
                 self._say(f"{sweep.name}: no time left")
@@ -166,6 +177,11 @@ class Checks:
             if r.status == "ok" and r.peak_allocated_bytes and r.method in estimates
         }
 
+    def fit_answers(self) -> list[tuple[Record, str]]:
+        """Return each record of the fits step with the status that the estimate gives the same case."""
+        stated = {r.seq_len: r.status for r in self.records("would-fit")}
+        return [(r, stated.get(r.seq_len, "-")) for r in self.records("fits")]
+
     def verdicts(self) -> dict[str, list[tuple[str, str]]]:
         """Return, by verdict, the methods that `cpbench verify` found so, with the reason."""
         try:
@@ -186,38 +202,35 @@ class Checks:
         except (OSError, ValueError):
             return []
 
-    def findings(self) -> list[dict[str, object]]:
-        """Return what the parity step has found."""
+    def findings(self) -> list[KernelFinding]:
+        """Return what the kernels step has found."""
         try:
-            found: list[dict[str, object]] = json.loads(self._file.read_text(encoding="utf-8"))
+            return KernelFindings.validate_json((self.given.out / "kernels.json").read_bytes())
         except (OSError, ValueError):
             return []
-        return found
 
     def records(self, name: str) -> list[Record]:
-        """Return the records of the runs whose name begins so."""
+        """Return the records of the runs of a name, which may be a pattern."""
         found = []
-        for path in sorted(self.given.out.glob(f"{name}*/cases/*.json")):
+        for path in sorted(self.given.out.glob(f"{name}/cases/*.json")):
             try:
                 found.append(read_record(path))
             except CpbenchError as error:
                 self._say(str(error))
         return sorted(found, key=lambda r: (r.seq_len, r.method))
 
-    @property
-    def _file(self) -> Path:
-        path: Path = self.given.out / "parity.json"
-        return path
-
-    def _sweep(self, sweep: Sweep, limit: float, mode: str = "emulate") -> int | None:
-        given = self.given
+    def _sweep(self, sweep: Sweep, limit: float) -> int | None:
+        given, mode = self.given, sweep.mode
+        world = 1 if self._alone(sweep) else given.world
         command = ["-m", "cpbench", "sweep", "--mode", mode, "--device", given.device]
         command += ["--model", given.model, "--dtype", given.dtype, "--layers", str(sweep.layers)]
         if mode == "emulate":
             command += ["--rank", str(given.rank)]
         if mode != "measure":
             command += ["--hardware", given.hardware]
-        command += ["--world", str(given.world if mode == "emulate" else 1)]
+        if sweep.stack is not None:
+            command += ["--stack", sweep.stack]
+        command += ["--world", str(world)]
         command += ["--method", ",".join(sweep.methods), "--seqlen", ",".join(sweep.lengths)]
         command += [
             "--steps",
@@ -230,6 +243,11 @@ class Checks:
             sweep.name,
         ]
         return self._run(command, limit)
+
+    @staticmethod
+    def _alone(sweep: Sweep) -> bool:
+        """Whether a sweep is about a world of one: what one GPU can measure, and its estimate."""
+        return sweep.name in ("measured", "estimated")
 
     def _run(self, command: Sequence[str], limit: float, output: Path | None = None) -> int | None:
         """Run a step of ours, its output to a file if one is given; None when its limit came first."""
@@ -265,16 +283,12 @@ class Checks:
 
 def table(checks: Checks) -> str:
     """Return the short table of everything found."""
-    lines = ["", "parity"]
+    lines = ["", "kernels"]
     findings = checks.findings()
-    wrong = [f for f in findings if f["passed"] is False]
-    left_out = _left_out(findings)
-    for kind in ("kernel", "method"):
-        names = sorted({str(f["name"]) for f in findings if f["what"] == kind} - set(left_out))
-        bad = sorted({str(f["name"]) for f in wrong if f["what"] == kind})
-        verdict = f"FAIL: {', '.join(bad)}" if bad else "pass"
-        lines.append(f"  {kind}s  {', '.join(names) or '-'}  {verdict if names else 'not run'}")
-    lines += [f"  not run: {name}: {why}" for name, why in left_out.items()]
+    for kernel in dict.fromkeys(finding.kernel for finding in findings):
+        bad = [f"{f.shape}: {f.worst}" for f in findings if f.kernel == kernel and not f.passed]
+        lines += [f"  {kernel}  {'FAIL' if bad else 'pass'}", *(f"    {words}" for words in bad)]
+    lines += [] if findings else ["  not run"]
     lines += [
         "",
         "rates",
@@ -294,9 +308,14 @@ def table(checks: Checks) -> str:
             f"  {r.method}  {format_length(r.seq_len)}  {r.status}  {peak}  {format_error(error)}{mark}  {took}"
         )
     lines += [] if checks.records("measured") else ["  not run"]
+    lines += ["", "what fits: ran, and estimated"]
+    for r, stated in checks.fit_answers():
+        peak = format_bytes(r.peak_allocated_bytes)
+        lines.append(f"  {r.method}  {format_length(r.seq_len)}  {r.status}  {stated}  {peak}")
+    lines += [] if checks.fit_answers() else ["  not run"]
     lines += ["", f"one rank of {checks.given.world}, emulated, {checks.given.model}"]
     head = ("method", "length", "layers", "status", "peak", "estimate", "error", "compute")
-    rows = [_row(record) for record in checks.records("sweep")]
+    rows = [_row(record) for record in checks.records("sweep-*")]
     lines += _columns([head, *rows]) if rows else ["  not run"]
     lines += ["", "throughput, compute only (modelled communication is not in it)"]
     timed = [r for r in checks.records("throughput") if r.compute_seconds is not None]
@@ -322,12 +341,6 @@ def _within(error: float | None) -> bool:
     return error is None or BAR[0] <= error <= BAR[1]
 
 
-def _left_out(findings: Sequence[dict[str, object]]) -> dict[str, str]:
-    """What was run at no shape, with the reason."""
-    ran = {f["name"] for f in findings if f["passed"] is not None}
-    return {str(f["name"]): str(f["worst"]) for f in findings if f["name"] not in ran}
-
-
 def _row(record: Record) -> tuple[str, ...]:
     mark = " !" if outside(record) else ""
     of = f"/{record.model_layers}" if record.model_layers else ""
@@ -349,10 +362,11 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 _STEPS: dict[str, Callable[[Checks], None]] = {
-    "parity": Checks.parity,
+    "kernels": Checks.kernels,
     "rates": Checks.rates,
     "verify": Checks.verify,
     "measured": Checks.measured,
+    "fits": Checks.fits,
     "throughput": Checks.throughput,
     "sweep": Checks.sweep,
 }
@@ -385,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compare", nargs=2, default=["upipe", "ulysses"], metavar="METHOD")
     parser.add_argument("--throughput-length", default="256K")
     parser.add_argument("--limit", type=float, default=530.0, help="seconds for everything")
-    parser.add_argument("--parity-limit", type=float, default=120.0)
+    parser.add_argument("--kernels-limit", type=float, default=60.0)
     parser.add_argument("--sweep-limit", type=float, default=400.0)
     parser.add_argument("--throughput-limit", type=float, default=100.0)
     parser.add_argument("--rates-limit", type=float, default=60.0)
@@ -393,6 +407,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verify-world", type=int, default=4)
     parser.add_argument("--measured-limit", type=float, default=100.0)
     parser.add_argument("--measured-length", default="32K")
+    parser.add_argument("--fits-limit", type=float, default=100.0)
+    parser.add_argument("--fit-length", action="append", default=[], help="repeatable; default: 174K, 186K")
+    parser.add_argument("--fit-layers", type=int, default=8)
     parser.add_argument("--scale", type=int, default=1, help="divides the sizes of the rates step")
     given = parser.parse_args(arguments)
     if given.device == "cuda" and not visible_gpus()[0]:
@@ -402,6 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     given.out = given.out.absolute()
     given.length = given.length or ["128K", "512K", "2M"]
+    given.fit_length = given.fit_length or ["174K", "186K"]
     given.out.mkdir(parents=True, exist_ok=True)
     for pattern in _MADE:
         for path in given.out.glob(pattern):
@@ -412,10 +430,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             began = time.monotonic()
             step(checks)
             checks.took[name] = time.monotonic() - began
-    records = [r for name in ("measured", "estimated", "throughput", "sweep") for r in checks.records(name)]
+    records = [r for name in _RUNS for r in checks.records(name)]
     checks.failed |= any(map(outside, records)) or any(
         not _within(e) for e in checks.measured_errors().values()
     )
+    checks.failed |= any(r.status == "oom_device" and stated == "ok" for r, stated in checks.fit_answers())
     text = table(checks)
     (given.out / "table.txt").write_text(text, encoding="utf-8")
     lines = [record.model_dump_json() + "\n" for record in records]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 NOUNS = """
     cpbench errors units case scenario record rank_report aggregate machine hardware host_budget method registry
     model_config hugging_face verification progress_file selection shape block_schedule explanation context_plan
-    durations plain_words rate_probe
+    durations plain_words rate_probe kernel_finding
 """
 ORCHESTRATOR = """
     __main__ cli.* report.* bracket disk doctor estimate_pool estimates expand explain folders gpu_checks interrupt

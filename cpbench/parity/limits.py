@@ -2,9 +2,10 @@
 
 float32 must stay within 1e-5 of the reference.  bfloat16 is compared with the float32 reference of the same (rounded)
 inputs and must stay within 1.5 times the error of a baseline: `ulysses` at the same shape, or `single` on one rank
-where `ulysses` cannot run it.  Loss and gradient norm, being single numbers, may be wrong by the standard error of a
-mean over the tokens of values rounded to bfloat16 if that is larger, because a baseline's error may be near zero by
-luck.
+where `ulysses` cannot run it; both errors are root mean squares over several inputs (`cpbench.parity.rank.DRAWS`),
+because over one a few roundings decide.  Loss and gradient norm, being single numbers, may be wrong by the standard
+error of a mean over the tokens of values rounded to bfloat16 if that is larger, because a baseline's error may be near
+zero by luck.
 """
 
 from __future__ import annotations

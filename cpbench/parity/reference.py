@@ -18,14 +18,22 @@ NO_WEIGHTS = ("x", "dout")
 """Inputs that are spread over the ranks; the others are weights, which every rank has."""
 
 
-def make_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """Return x, dout `[b, s, d]` and the weights of one block, the same on every rank, in the case's dtype."""
+def make_inputs(case: Case, device: torch.device, draw: int = 0) -> dict[str, Tensor]:
+    """Return x, dout `[b, s, d]` and the weights of one block, the same on every rank, in the case's dtype.
+
+    Args:
+        case: gives shapes, dtype and seed.
+        device: of the tensors.
+        draw: which of several independent ones of the same seed.
+    """
     a, b, s = case.architecture, case.batch_size, case.seq_len
     rows = (b, s, a.hidden_dim)
     shapes: dict[str, tuple[int, ...]] = {"x": rows, "dout": rows} | a.attention_shapes()
     made: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        generator = torch.Generator().manual_seed(stream_id(case.seed, f"parity/{name}") % 2**63)
+        generator = torch.Generator().manual_seed(
+            stream_id(case.seed, f"parity/{draw}/{name}" if draw else f"parity/{name}") % 2**63
+        )
         t = torch.randn(shape, generator=generator)
         if name.startswith("w"):
             t *= shape[1] ** -0.5
