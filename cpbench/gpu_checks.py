@@ -109,7 +109,7 @@ class Checks:
         measured = Sweep(
             name="measured",
             lengths=(self.given.measured_length,),
-            methods=tuple(self.given.method) or tuple(registry.method_files()),
+            methods=tuple(self.given.method) or (_ALONE, self.given.compare[0]),
             layers=self.given.layers,
             mode="measure",
         )
@@ -124,7 +124,7 @@ class Checks:
             layers=self.given.fit_layers,
             stack="plain",
         )
-        self._all([emulated, replace(emulated, name="would-fit", mode="estimate")], self.given.fits_limit)
+        self._all([replace(emulated, name="would-fit", mode="estimate"), emulated], self.given.fits_limit)
 
     def sweep(self) -> None:
         """Run what the lengths ask for, the shortest first, so that a limit costs the longest."""
@@ -395,7 +395,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--layers", type=int, default=2, help="at the shortest length and for the throughput")
     parser.add_argument("--method", action="append", default=[], help="repeatable; default: all")
-    parser.add_argument("--length", action="append", default=[], help="repeatable; default: 128K, 512K, 2M")
+    parser.add_argument("--length", action="append", default=[], help="repeatable; default: 128K, 512K, 1M")
     parser.add_argument("--compare", nargs=2, default=["upipe", "ulysses"], metavar="METHOD")
     parser.add_argument("--throughput-length", default="256K")
     parser.add_argument("--limit", type=float, default=530.0, help="seconds for everything")
@@ -418,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     given.out = given.out.absolute()
-    given.length = given.length or ["128K", "512K", "2M"]
+    given.length = given.length or ["128K", "512K", "1M"]
     given.fit_length = given.fit_length or ["174K", "186K"]
     given.out.mkdir(parents=True, exist_ok=True)
     for pattern in _MADE:
