@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from cpbench.errors import CpbenchError
+from cpbench.kernel_finding import KernelFindings
+from cpbench.rate_probe import RateProbes
 from cpbench.record import STATUSES, Record, read_record
+from cpbench.verification import VerifyReport
 from tests.cpbench.report.examples import LAPTOP, make_case, make_record, write_run
 
+GPU_CHECKS: dict[str, Callable[[bytes], object]] = {
+    "kernels.json": KernelFindings.validate_json,
+    "rates.json": RateProbes.validate_json,
+    "verify.json": VerifyReport.model_validate_json,
+}
+"""What `make gpu` finds beside records."""
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
@@ -18,6 +28,12 @@ def problems(results: Path) -> list[str]:
     for path in sorted(results.rglob("*.json")):
         place = path.relative_to(results)
         if path.name == "run.json" and len(place.parts) == 3:
+            continue
+        if len(place.parts) == 2 and path.name in GPU_CHECKS:
+            try:
+                GPU_CHECKS[path.name](path.read_bytes())
+            except ValueError as error:
+                found.append(f"{place}: {error}")
             continue
         if len(place.parts) != 4 or place.parts[2] != "cases":
             found.append(f"{place} is not <machine>/<scenario>/cases/<case-id>.json")
@@ -44,11 +60,13 @@ def test_a_bad_result_is_found(tmp_path: Path) -> None:
     write_run(tmp_path / "other" / "smoke", [record])
     write_run(tmp_path / machine, [record])
     (good / "cases" / "cut.json").write_text('{"format_version": 1,')
+    (tmp_path / machine / "rates.json").write_text('[{"name": "matmul"}]')
 
     found = problems(tmp_path)
 
-    assert len(found) == 3
+    assert len(found) == 4
     assert any("cut.json is truncated" in text for text in found)
+    assert any(text.startswith(f"{machine}/rates.json: ") for text in found)
     name = f"{record.case_id}.json"
     assert f"other/smoke/cases/{name} was not made on machine other" in found
     assert f"{machine}/cases/{name} is not <machine>/<scenario>/cases/<case-id>.json" in found
