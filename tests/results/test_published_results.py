@@ -19,7 +19,7 @@ from cpbench.units import GIB, parse_length
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "published-results.md").read_text(encoding="utf-8")
-RUNS = ROOT / "results" / "cpu-2x-amd-epyc"
+RUNS = ROOT / "results" / "cpu-2x-intel-r-xeon-r-processor"
 Row = dict[str, str | float | int | bool | None]
 
 
