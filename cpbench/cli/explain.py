@@ -12,8 +12,27 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from cpbench.case import STACKS, Case, Device, Dtype
+from cpbench.case import Case, Device
 from cpbench.cli import flags
+from cpbench.cli.case_flags import (
+    HOW_TO_RUN,
+    WHERE_IT_GOES,
+    WHICH_CASES,
+    BatchFlag,
+    DtypeFlag,
+    HardwareFlag,
+    HostRamFlag,
+    JsonNoFilesFlag,
+    MethodFlag,
+    ModelFlag,
+    OptionFlag,
+    PluginFlag,
+    RunsFlag,
+    SeqlenFlag,
+    StackFlag,
+    StackOptionFlag,
+    WorldFlag,
+)
 from cpbench.cli.explain_text import print_explanations
 from cpbench.cli.request import check_options
 from cpbench.disk import require_writable
@@ -22,6 +41,7 @@ from cpbench.explain import CaseCannotRun, cases_of_run, explain
 from cpbench.explanation import Explanation
 from cpbench.report.explanation import write_explanation
 from cpbench.scenario import build_scenario
+from cpbench.units import parse_bytes
 
 EXAMPLES = """
 [bold]Examples[/bold]
@@ -32,7 +52,6 @@ cpbench explain --method ulysses,upipe --seqlen 4M
 
 cpbench explain my-run upipe-1M
 """
-_WHAT, _WHERE = "What to explain", "Where it goes"
 _MOST_CASES = 16
 
 
@@ -44,131 +63,56 @@ def explain_(
         list[str] | None,
         typer.Argument(metavar="CASE", help="Some of its cases: the beginning of a case id is enough."),
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method", metavar="M,...", help="Methods, or `all`. Default: upipe.", rich_help_panel=_WHAT
-        ),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="M,...",
-            help="Presets or config.json files. Default: llama3-8b.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    seqlen: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--seqlen",
-            metavar="S,...",
-            help="Sequence lengths in tokens. Default: 128K.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    world: Annotated[
-        list[str] | None,
-        typer.Option("--world", metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
-    ] = None,
-    batch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--batch", metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT
-        ),
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dtype",
-            metavar="float32|bfloat16",
-            help="Compute dtype. Default: bfloat16.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    stack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stack",
-            metavar="plain|checkpoint|long",
-            help="What surrounds attention. Default: long.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    stack_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stack-option",
-            metavar="FIELD=VALUE",
-            help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
-            "save_attention or host_budget_bytes; repeatable.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option", metavar="METHOD.FIELD=VALUE", help="Option of a method.", rich_help_panel=_WHAT
-        ),
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--plugin",
-            metavar="FILE",
-            help="File of a method outside the tree; repeatable.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    method: MethodFlag = None,
+    model: ModelFlag = None,
+    seqlen: SeqlenFlag = None,
+    world: WorldFlag = None,
+    batch: BatchFlag = None,
+    dtype: DtypeFlag = None,
+    stack: StackFlag = None,
+    stack_option: StackOptionFlag = None,
+    option: OptionFlag = None,
+    plugin: PluginFlag = None,
     device: Annotated[
         str,
         typer.Option(
-            "--device", metavar="cpu|cuda", help="What the estimate stands for.", rich_help_panel=_WHAT
+            "--device", metavar="cpu|cuda", help="What the estimate stands for.", rich_help_panel=WHICH_CASES
         ),
     ] = "cuda",
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            "--hardware", metavar="H", help="Machine profile. Default: h100-80g.", rich_help_panel=_WHAT
-        ),
-    ] = None,
+    hardware: HardwareFlag = None,
+    host_ram: HostRamFlag = None,
     no_options: Annotated[
         bool,
         typer.Option(
-            "--no-options", help="Do not estimate again with other stack options.", rich_help_panel=_WHAT
+            "--no-options", help="Do not estimate again with other stack options.", rich_help_panel=HOW_TO_RUN
         ),
     ] = False,
     out: Annotated[
         Path,
         typer.Option(
-            "--out", metavar="DIR", help="Folder of explain.html and explain.png.", rich_help_panel=_WHERE
+            "--out",
+            metavar="DIR",
+            help="Folder of explain.html and explain.png.",
+            rich_help_panel=WHERE_IT_GOES,
         ),
     ] = Path("explain"),
-    runs: Annotated[
-        Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
-    ] = Path("runs"),
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON on standard output; write no files.", rich_help_panel=_WHERE),
-    ] = False,
+    runs: RunsFlag = Path("runs"),
+    as_json: JsonNoFilesFlag = False,
 ) -> None:
     """Say what is alive at the memory peak of a case, and why; of two or more cases, side by side."""
-    axes = {
-        "method": flags.methods(method, plugin or ()),
-        "model": flags.split("--model", model),
-        "seq_len": flags.lengths("--seqlen", seqlen),
-        "world_size": flags.counts("--world", world),
-        "batch_size": flags.counts("--batch", batch),
-        "dtype": [
-            str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split("--dtype", dtype)
-        ],
-        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split("--stack", stack)],
-    }
-    asked = {key: values for key, values in axes.items() if values}
+    asked = flags.axes(
+        method=method,
+        model=model,
+        seqlen=seqlen,
+        world=world,
+        batch=batch,
+        dtype=dtype,
+        stack=stack,
+        plugins=plugin or (),
+    )
     plugins: tuple[Path, ...] = tuple(path.absolute() for path in plugin or ())
     if run is not None:
-        if asked or option or stack_option or plugin or hardware:
+        if asked or option or stack_option or plugin or hardware or host_ram is not None:
             raise UsageError("name a RUN with its CASE, or describe cases by flags, not both")
         cases, plugins = cases_of_run(_folder(run, runs), case or [])
         if not cases:
@@ -176,7 +120,9 @@ def explain_(
     else:
         raw = build_scenario({}).model_dump(exclude_none=True)
         raw["sweep"] |= asked
-        raw["run"] |= {"mode": "estimate"} | ({} if hardware is None else {"hardware": hardware})
+        raw["run"] |= {"mode": "estimate"}
+        raw["run"] |= {} if hardware is None else {"hardware": hardware}
+        raw["run"] |= {} if host_ram is None else {"host_memory_bytes": parse_bytes(host_ram)}
         raw["options"] = flags.option_sets(option)
         check_options(raw["options"], raw["sweep"]["method"], plugins)
         raw["stack"] |= flags.stack_changes(stack_option)

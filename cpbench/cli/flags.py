@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from cpbench import registry
-from cpbench.case import OptionValue, Stack
+from cpbench.case import STACKS, Dtype, OptionValue, Stack
 from cpbench.errors import UnknownName, UsageError
 from cpbench.units import parse_length
 
@@ -72,6 +73,45 @@ def choice(flag: str, value: str | None, allowed: Iterable[str]) -> str | None:
     if value is not None and value not in known:
         raise UnknownName(f"value of {flag}", value, known)
     return value
+
+
+def axes(
+    *,
+    method: Sequence[str] | None,
+    model: Sequence[str] | None,
+    seqlen: Sequence[str] | None,
+    world: Sequence[str] | None,
+    batch: Sequence[str] | None,
+    dtype: Sequence[str] | None,
+    stack: Sequence[str] | None,
+    plugins: Sequence[Path],
+) -> dict[str, list[Any]]:
+    """Return the axes of a scenario's `[sweep]` that are given by flags: their names there, and values.
+
+    Args:
+        method: texts of --method; each of these may be a list with commas, or None where the flag is not given.
+        model: of --model.
+        seqlen: of --seqlen.
+        world: of --world.
+        batch: of --batch.
+        dtype: of --dtype.
+        stack: of --stack.
+        plugins: files of further methods, which `--method all` has too.
+
+    Raises:
+        UsageError: a flag is empty or malformed.
+        UnknownName: a dtype or stack that does not exist.
+    """
+    found: dict[str, list[Any]] = {
+        "method": methods(method, plugins),
+        "model": split("--model", model),
+        "seq_len": lengths("--seqlen", seqlen),
+        "world_size": counts("--world", world),
+        "batch_size": counts("--batch", batch),
+        "dtype": [choice("--dtype", item, get_args(Dtype)) for item in split("--dtype", dtype)],
+        "stack": [choice("--stack", item, STACKS) for item in split("--stack", stack)],
+    }
+    return {name: values for name, values in found.items() if values}
 
 
 def option_sets(values: Sequence[str] | None) -> dict[str, dict[str, list[OptionValue]]]:

@@ -14,6 +14,14 @@ from rich.text import Text
 from cpbench import registry
 from cpbench.case import Dtype
 from cpbench.cli import flags
+from cpbench.cli.case_flags import (
+    WHERE_IT_GOES,
+    WHICH_CASES,
+    HostRamFlag,
+    JsonNoFilesFlag,
+    PluginFlag,
+    WorldFlag,
+)
 from cpbench.context_plan import Configuration, ContextPlan, MethodPlan, Point, Question
 from cpbench.disk import refusing_bad_disk, require_writable
 from cpbench.errors import without_name
@@ -35,82 +43,68 @@ cpbench plan --model llama3-70b --world 32 --hardware h200 --seqlen 1M
 
 cpbench plan --method ulysses,upipe --world 8,16,32,64 --host-ram 1T
 """
-_WHAT, _WHERE = "What to plan for", "Where it goes"
 
 
 def plan(
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", metavar="M,...", help="Methods. Default: all.", rich_help_panel=_WHAT),
+        typer.Option(
+            "--method",
+            metavar="M,...",
+            help="Methods, see `cpbench list methods`. Default: all.",
+            rich_help_panel=WHICH_CASES,
+        ),
     ] = None,
     model: Annotated[
         str,
-        typer.Option("--model", metavar="M", help="Preset, or a config.json file.", rich_help_panel=_WHAT),
-    ] = "llama3-8b",
-    world: Annotated[
-        list[str] | None,
         typer.Option(
-            "--world",
-            metavar="N,...",
-            help="Numbers of ranks (GPUs) to compare. Default: 8.",
-            rich_help_panel=_WHAT,
+            "--model",
+            metavar="M",
+            help="Preset, see `cpbench list models`, or path of a Hugging Face config.json file.",
+            rich_help_panel=WHICH_CASES,
         ),
-    ] = None,
+    ] = "llama3-8b",
+    world: WorldFlag = None,
     hardware: Annotated[
         str,
         typer.Option(
             "--hardware",
             metavar="H",
             help="Machine profile, see `cpbench list hardware`.",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHICH_CASES,
         ),
     ] = "h100-80g",
-    host_ram: Annotated[
-        str | None,
-        typer.Option(
-            "--host-ram",
-            metavar="SIZE",
-            help="Host memory of a node, like 2T or 512G. Default: the profile's.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    host_ram: HostRamFlag = None,
     seqlen: Annotated[
         str | None,
         typer.Option(
             "--seqlen",
             metavar="S",
             help="Also: the fastest way to train this length, and the command for it.",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHICH_CASES,
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", metavar="N", min=1, help="Sequences per step.", rich_help_panel=_WHAT)
+        int,
+        typer.Option("--batch", metavar="N", min=1, help="Sequences per step.", rich_help_panel=WHICH_CASES),
     ] = 1,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="float32|bfloat16", help="Compute dtype.", rich_help_panel=_WHAT)
-    ] = "bfloat16",
-    plugin: Annotated[
-        list[Path] | None,
+        str,
         typer.Option(
-            "--plugin",
-            metavar="FILE",
-            help="File of a method outside the tree; repeatable.",
-            rich_help_panel=_WHAT,
+            "--dtype", metavar="float32|bfloat16", help="Compute dtype.", rich_help_panel=WHICH_CASES
         ),
-    ] = None,
+    ] = "bfloat16",
+    plugin: PluginFlag = None,
     out: Annotated[
         Path,
         typer.Option(
             "--out",
             metavar="DIR",
             help="Folder of plan.png, plan.json and recommended.toml, the scenario to run.",
-            rich_help_panel=_WHERE,
+            rich_help_panel=WHERE_IT_GOES,
         ),
     ] = Path("plan"),
-    as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print JSON on standard output; write no files.", rich_help_panel=_WHERE),
-    ] = False,
+    as_json: JsonNoFilesFlag = False,
 ) -> None:
     """Find the longest context of every method on a machine, and what to run for a length; all by estimate."""
     plugins = tuple(path.absolute() for path in plugin or ())

@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from cpbench import slurm
-from cpbench.case import STACKS, Device, Dtype, Mode
+from cpbench.case import Device, Mode
 from cpbench.cli import flags
+from cpbench.cli.case_flags import (
+    HOW_TO_RUN,
+    WHERE_IT_GOES,
+    WHICH_CASES,
+    BatchFlag,
+    DtypeFlag,
+    HardwareFlag,
+    HostRamFlag,
+    JsonFlag,
+    MethodFlag,
+    ModelFlag,
+    OptionFlag,
+    PluginFlag,
+    RunsFlag,
+    SeqlenFlag,
+    StackFlag,
+    StackOptionFlag,
+    WorldFlag,
+)
 from cpbench.cli.request import SweepRequest, plan_request
+from cpbench.cli.submit import submit
+from cpbench.cli.sweep_text import print_next, print_plan, print_result_as_json
 from cpbench.errors import UsageError
 from cpbench.estimate_pool import EstimatePool
-from cpbench.expand import Plan, chosen_mode
+from cpbench.expand import chosen_mode
 from cpbench.machine import usable_cpus
-from cpbench.progress import headline, make_display
+from cpbench.progress import make_display
 from cpbench.run_folder import RunFolder, checked_name, default_name
 from cpbench.scenario import Scenario
-from cpbench.summary import print_cases, print_summary
-from cpbench.sweep import INCOMPLETE_EXIT, Sweep, SweepResult
+from cpbench.summary import print_summary
+from cpbench.sweep import Sweep
 from cpbench.units import parse_bytes
 
 _MODES = ("auto", *get_args(Mode))
 _LAUNCHERS = ("local", "slurm")
-# Flags that a job's command does not take over as typed: about the submission, or decided by it.
-_NOT_IN_JOB = frozenset(
-    {
-        "launcher",
-        "sbatch",
-        "nodes",
-        "node_rank",
-        "rdzv_endpoint",
-        "mode",
-        "device",
-        "name",
-        "dry_run",
-        "as_json",
-    }
-)
-_WHAT, _HOW, _WHERE = "What to run", "How to run it", "Where it goes"
 EXAMPLES = """
 [bold]Examples[/bold]
 
@@ -70,94 +72,19 @@ def sweep(
             "--scenario",
             metavar="NAME|FILE",
             help="Scenario by name or TOML file; flags override it.",
-            rich_help_panel=_WHAT,
+            rich_help_panel=WHICH_CASES,
         ),
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--method",
-            metavar="M,...",
-            help="Methods, see `cpbench list methods`, or `all`. Default: upipe.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="M,...",
-            help="Presets, see `cpbench list models`, or paths of Hugging Face config.json files. "
-            "Default: llama3-8b.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    seqlen: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--seqlen",
-            metavar="S,...",
-            help="Sequence lengths in tokens: 4096, 128K, 5M (K = 1024). Default: 128K.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    world: Annotated[
-        list[str] | None,
-        typer.Option("--world", metavar="N,...", help="Numbers of ranks. Default: 8.", rich_help_panel=_WHAT),
-    ] = None,
-    batch: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--batch", metavar="N,...", help="Sequences per step. Default: 1.", rich_help_panel=_WHAT
-        ),
-    ] = None,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--dtype",
-            metavar="float32|bfloat16",
-            help="Compute dtypes; a list with commas is allowed. Default: bfloat16.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    stack: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stack",
-            metavar="plain|checkpoint|long",
-            help="What surrounds attention: nothing special; full checkpointing; checkpointing with inputs "
-            "offloaded and everything tiled. A list with commas is allowed. Default: long.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    stack_option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stack-option",
-            metavar="FIELD=VALUE",
-            help="Change of the stack: checkpoint, offload, tile_mlp, tile_norm, tile_loss, optimizer_offload, "
-            "save_attention or host_budget_bytes; repeatable.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            metavar="METHOD.FIELD=VALUE",
-            help="Option of a method; several values with commas are one more axis.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--plugin",
-            metavar="FILE",
-            help="Python file of a method outside the tree; repeatable.",
-            rich_help_panel=_WHAT,
-        ),
-    ] = None,
+    method: MethodFlag = None,
+    model: ModelFlag = None,
+    seqlen: SeqlenFlag = None,
+    world: WorldFlag = None,
+    batch: BatchFlag = None,
+    dtype: DtypeFlag = None,
+    stack: StackFlag = None,
+    stack_option: StackOptionFlag = None,
+    option: OptionFlag = None,
+    plugin: PluginFlag = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +93,7 @@ def sweep(
             help="auto, measure, emulate (one rank of the world runs alone on one device) or estimate (over fake "
             "tensors). auto measures if the visible GPUs suffice or the device is cpu, else emulates if there is a "
             "GPU, else estimates.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     device: Annotated[
@@ -175,27 +102,11 @@ def sweep(
             "--device",
             metavar="cpu|cuda",
             help="cpu: ranks are processes on this machine.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            "--hardware",
-            metavar="H",
-            help="Machine profile of estimates, and of the communication of emulated cases. Default: h100-80g.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    host_ram: Annotated[
-        str | None,
-        typer.Option(
-            "--host-ram",
-            metavar="SIZE",
-            help="Host memory of a node that estimates are for, like 2T or 512G. Default: the profile's.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
+    hardware: HardwareFlag = None,
+    host_ram: HostRamFlag = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -203,7 +114,7 @@ def sweep(
             min=0,
             metavar="K",
             help="The rank that is emulated or estimated. Default: 0.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     layers: Annotated[
@@ -213,12 +124,14 @@ def sweep(
             min=1,
             metavar="N",
             help="Run N layers of each model; the record says so. Default: all.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=1, metavar="N", help="Timed steps. Default: 3.", rich_help_panel=_HOW),
+        typer.Option(
+            "--steps", min=1, metavar="N", help="Timed steps. Default: 3.", rich_help_panel=HOW_TO_RUN
+        ),
     ] = None,
     warmup: Annotated[
         int | None,
@@ -227,13 +140,17 @@ def sweep(
             min=0,
             metavar="N",
             help="Steps before the timed ones. Default: 2.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
-            "--seed", min=0, metavar="N", help="Seed of weights and tokens. Default: 0.", rich_help_panel=_HOW
+            "--seed",
+            min=0,
+            metavar="N",
+            help="Seed of weights and tokens. Default: 0.",
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     timeout: Annotated[
@@ -242,7 +159,7 @@ def sweep(
             "--timeout",
             metavar="SECONDS",
             help="End a case that takes longer. Default: 1800.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     nodes: Annotated[
@@ -253,7 +170,7 @@ def sweep(
             metavar="N",
             help="Machines; to measure, start the same command on each. Default: 1; where no ranks run, the nodes that "
             "they would fill.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     node_rank: Annotated[
@@ -263,7 +180,7 @@ def sweep(
             min=0,
             metavar="K",
             help="This machine's number; 0 writes the records.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = 0,
     rdzv_endpoint: Annotated[
@@ -272,7 +189,7 @@ def sweep(
             "--rdzv-endpoint",
             metavar="HOST:PORT",
             help="Where node 0 can be reached, with --nodes above 1.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     launcher: Annotated[
@@ -281,7 +198,7 @@ def sweep(
             "--launcher",
             metavar="local|slurm",
             help="slurm: write an sbatch script that measures on --nodes machines, and submit it.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = "local",
     sbatch: Annotated[
@@ -291,7 +208,7 @@ def sweep(
             metavar="OPTION",
             help="One more option of the Slurm job, like --sbatch=--partition=gpu, --sbatch=--exclusive or "
             "--sbatch=--cpus-per-task=32; repeatable.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = None,
     name: Annotated[
@@ -300,19 +217,17 @@ def sweep(
             "--name",
             metavar="RUN",
             help="Name of the run. Default: time and scenario.",
-            rich_help_panel=_WHERE,
+            rich_help_panel=WHERE_IT_GOES,
         ),
     ] = None,
-    runs: Annotated[
-        Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.", rich_help_panel=_WHERE)
-    ] = Path("runs"),
+    runs: RunsFlag = Path("runs"),
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
             help="Continue the run --name: finished cases are kept, errors and timeouts run again. "
             "Alone with --name it takes everything else from the run.",
-            rich_help_panel=_WHERE,
+            rich_help_panel=WHERE_IT_GOES,
         ),
     ] = False,
     dry_run: Annotated[
@@ -321,30 +236,22 @@ def sweep(
             "--dry-run",
             help="List the cases, and why some are unsupported, or print the Slurm script; "
             "run and write nothing.",
-            rich_help_panel=_WHERE,
+            rich_help_panel=WHERE_IT_GOES,
         ),
     ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print JSON on standard output; progress goes to standard error.",
-            rich_help_panel=_WHERE,
-        ),
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Run every case of a scenario, or of the flags, and keep a record of each."""
-    axes = {
-        "method": flags.methods(method, plugin or ()),
-        "model": flags.split("--model", model),
-        "seq_len": flags.lengths("--seqlen", seqlen),
-        "world_size": flags.counts("--world", world),
-        "batch_size": flags.counts("--batch", batch),
-        "dtype": [
-            str(flags.choice("--dtype", item, get_args(Dtype))) for item in flags.split("--dtype", dtype)
-        ],
-        "stack": [str(flags.choice("--stack", item, STACKS)) for item in flags.split("--stack", stack)],
-    }
+    axes = flags.axes(
+        method=method,
+        model=model,
+        seqlen=seqlen,
+        world=world,
+        batch=batch,
+        dtype=dtype,
+        stack=stack,
+        plugins=plugin or (),
+    )
     run = {
         "mode": flags.choice("--mode", mode, _MODES),
         "device": flags.choice("--device", device, get_args(Device)),
@@ -360,7 +267,7 @@ def sweep(
     }
     request = SweepRequest(
         scenario=scenario,
-        axes={key: values for key, values in axes.items() if values},
+        axes=axes,
         run={key: value for key, value in run.items() if value is not None},
         options=flags.option_sets(option),
         stack=flags.stack_changes(stack_option),
@@ -374,34 +281,13 @@ def sweep(
         sbatch=slurm.checked_extra(sbatch or ()),
     )
     if request.slurm:
-        raise typer.Exit(_submit(request, _typed(context), dry_run=dry_run, as_json=as_json))
+        raise typer.Exit(submit(request, context, dry_run=dry_run, as_json=as_json))
     if request.sbatch:
         raise UsageError(f"--sbatch {request.sbatch[0]!r} needs --launcher slurm")
-    raise typer.Exit(_dry_run(request, as_json) if dry_run else _sweep(request, as_json))
-
-
-def _dry_run(request: SweepRequest, as_json: bool) -> int:
-    plan, _ = plan_request(request)
-    if as_json:
-        body = {
-            "mode": plan.choice.mode,
-            "device": plan.choice.device,
-            "reason": plan.choice.reason,
-            "cases": [
-                {
-                    "case_id": item.case.case_id,
-                    "unsupported": item.unsupported,
-                    "case": item.case.model_dump(mode="json"),
-                }
-                for item in plan.cases
-            ],
-        }
-        typer.echo(json.dumps(body, indent=1))
-        return 0
-    console = Console()
-    console.print(Text(headline(plan)), soft_wrap=not console.is_terminal)
-    print_cases([*plan.cases], console)
-    return 0
+    if dry_run:
+        print_plan(plan_request(request)[0], as_json=as_json)
+        return
+    raise typer.Exit(_sweep(request, as_json))
 
 
 def _sweep(request: SweepRequest, as_json: bool) -> int:
@@ -427,86 +313,8 @@ def _sweep(request: SweepRequest, as_json: bool) -> int:
         )
         result = task.run()
     if as_json:
-        typer.echo(json.dumps(_as_json(plan, result), indent=1))
+        print_result_as_json(plan, result)
     else:
         print_summary(result.records, console)
-    _say_next(request, result, console)
+    print_next(request, result, console)
     return result.exit_code
-
-
-def _submit(request: SweepRequest, typed: list[str], *, dry_run: bool, as_json: bool) -> int:
-    """Write and submit the job of a sweep, or only show its script."""
-    given = None if request.name is None else checked_name(request.name)
-    plan, nodes = plan_request(request)
-    name = given or default_name(plan.scenario.name, request.runs)
-    folder = RunFolder(request.runs / name)
-    folder.check(resume=request.resume)
-    command = [sys.executable, "-m", "cpbench", "sweep", *typed, f"--name={name}", "--launcher=local"]
-    if not request.resume or request.says_what:  # else all of this comes from the run
-        command += [f"--mode={plan.choice.mode}", f"--device={plan.choice.device}"]
-        command += [f"--nodes={nodes.count}"] if nodes.count > 1 or "nodes" in request.run else []
-    job = slurm.make_job(plan, folder, command, request.sbatch)
-    if dry_run:
-        text = slurm.script_text(job)
-        typer.echo(json.dumps({"script": text}, indent=1) if as_json else text, nl=as_json)
-        return 0
-    script = slurm.write_script(job)
-    job_id = slurm.submit(script)
-    if as_json:
-        typer.echo(json.dumps({"run": str(folder.path), "script": str(script), "job_id": job_id}, indent=1))
-        return 0
-    log = folder.path / f"slurm-{job_id}.log"
-    for line in (
-        f"submitted job {job_id}: nodes {nodes.count}, cases {job.cases}, at most {job.minutes} minutes",
-        f"look at it with: squeue --job {job_id}",
-        f"once it runs: tail -f {shlex.quote(str(log))}",
-        f"afterwards: cpbench report {shlex.quote(str(folder.path))}",
-    ):
-        typer.echo(line)
-    return 0
-
-
-def _typed(context: typer.Context) -> list[str]:
-    """The flags of this command line that mean the same inside a job."""
-    found: list[str] = []
-    for parameter in context.command.params:
-        value = context.params.get(str(parameter.name))
-        if parameter.name in _NOT_IN_JOB or value is None or value is False:
-            continue
-        flag = parameter.opts[0]
-        if value is True:
-            found.append(flag)
-        else:
-            found += [f"{flag}={item}" for item in (value if isinstance(value, list | tuple) else [value])]
-    return found
-
-
-def _as_json(plan: Plan, result: SweepResult) -> dict[str, Any]:
-    return {
-        "run": str(result.folder),
-        "mode": plan.choice.mode,
-        "device": plan.choice.device,
-        "exit_code": result.exit_code,
-        "counts": result.counts,
-        "remaining": result.remaining,
-        "records": [record.model_dump(mode="json", exclude={"ranks"}) for record in result.records],
-    }
-
-
-def _say_next(request: SweepRequest, result: SweepResult, console: Console) -> None:
-    """Print where the records are and the command that comes next."""
-    counts = ", ".join(f"{number} {status}" for status, number in result.counts.items())
-    lines = [f"records: {result.folder}  ({counts or 'none'})"] if request.node_rank == 0 else []
-    again = f"cpbench sweep --resume --name {shlex.quote(result.folder.name)}"
-    if request.runs != Path("runs"):
-        again += f" --runs {shlex.quote(str(request.runs))}"
-    if request.endpoint is not None:
-        again += f" --node-rank {request.node_rank} --rdzv-endpoint {shlex.quote(request.endpoint)}"
-    if result.exit_code > INCOMPLETE_EXIT:
-        lines.append(f"interrupted with {result.remaining} cases to go; continue with: {again}")
-    elif result.exit_code == INCOMPLETE_EXIT:
-        lines.append(f"incomplete; run the failed cases again with: {again}")
-    if result.records:
-        lines.append(f"next: cpbench report {shlex.quote(str(result.folder))}")
-    for line in lines:
-        console.print(Text(line), soft_wrap=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from cpbench.case import Device, Dtype
 from cpbench.cli import flags
+from cpbench.cli.case_flags import HOW_TO_RUN, WHICH_CASES, JsonFlag, PluginFlag
 
 if TYPE_CHECKING:
     from cpbench.selection import Selection
@@ -34,9 +34,17 @@ _PANEL_MATRIX = "Which shapes"
 def verify(
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", metavar="M,...", help="Methods, or `all`, the default."),
+        typer.Option(
+            "--method",
+            "-m",
+            metavar="M,...",
+            help="Methods, see `cpbench list methods`, or `all`, the default.",
+            rich_help_panel=WHICH_CASES,
+        ),
     ] = None,
-    world: Annotated[int, typer.Option("--world", metavar="N", help="Ranks, real processes.")] = 4,
+    world: Annotated[
+        int, typer.Option("--world", metavar="N", help="Ranks, real processes.", rich_help_panel=WHICH_CASES)
+    ] = 4,
     dtype: Annotated[
         str,
         typer.Option(
@@ -44,6 +52,7 @@ def verify(
             metavar="float32|bfloat16",
             help="Compute dtypes; a list with commas is allowed. float32 must agree to 1e-5; "
             "bfloat16 may have 1.5 times the error of `ulysses` (of `single` where that cannot run).",
+            rich_help_panel=WHICH_CASES,
         ),
     ] = "float32",
     quick: Annotated[
@@ -139,6 +148,7 @@ def verify(
             "--block-only",
             help="Check the attention block only: no whole models are trained, no peaks are counted. The quick way on "
             "one GPU that all ranks share.",
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = False,
     device: Annotated[
@@ -147,6 +157,7 @@ def verify(
             "--device",
             metavar="cpu|cuda",
             help="Where the ranks run; on cuda, all share one GPU where there are fewer than ranks.",
+            rich_help_panel=HOW_TO_RUN,
         ),
     ] = "cpu",
     option: Annotated[
@@ -156,18 +167,26 @@ def verify(
             "-o",
             metavar="METHOD.FIELD=VALUE",
             help="Option of a method; several values with commas check each. Default: the sets that it declares.",
+            rich_help_panel=WHICH_CASES,
         ),
     ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="Python file of a further method.")
-    ] = None,
+    plugin: PluginFlag = None,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Seed of inputs, weights and random shapes.")
+        int,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Seed of inputs, weights and random shapes.",
+            rich_help_panel=HOW_TO_RUN,
+        ),
     ] = 0,
     timeout: Annotated[
-        float, typer.Option("--timeout", metavar="SECONDS", help="Seconds for one launch.")
+        float,
+        typer.Option(
+            "--timeout", metavar="SECONDS", help="Seconds for one launch.", rich_help_panel=HOW_TO_RUN
+        ),
     ] = 3600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything found as JSON.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Compare methods with references in real processes.
 

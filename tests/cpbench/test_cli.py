@@ -31,6 +31,7 @@ SURFACE = {
         "--device",
         "--dtype",
         "--hardware",
+        "--host-ram",
         "--json",
         "--method",
         "--model",
@@ -95,6 +96,7 @@ SURFACE = {
     "verify": {
         "--attention-bias",
         "--batch",
+        "--block-only",
         "--device",
         "--dtype",
         "--full",

@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 from cpbench.case import STACKS, Case, Stack
 from cpbench.cli import app
 from cpbench.cli.explain_text import chart, print_explanations, short_names
-from cpbench.explain import CaseCannotRun, _changed
+from cpbench.explain import CaseCannotRun, _changed, _rooms
 from cpbench.explanation import Anatomy, CategoryEffect, Explanation, Moment, OptionEffect, PeakTensors
+from cpbench.hardware import HOST_MARGIN, HOST_PROCESS_BYTES
 from cpbench.model_config import PRESETS
 from cpbench.record import read_record
 from cpbench.report.explanation import write_explanation, write_picture
 from cpbench.report.explanation_words import categories
-from cpbench.units import GIB, format_bytes
+from cpbench.units import GIB, TIB, format_bytes
 
 TINY = ("--model", "tiny", "--seqlen", "4K", "--world", "4", "--dtype", "float32", "--device", "cpu")
 
@@ -199,12 +200,34 @@ def test_every_method_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "left out: single: world_size=8 is not 1" in result.stderr
 
 
+@pytest.mark.parametrize(("flags", "node"), [((), 2 * TIB), (("--host-ram", "512G"), TIB // 2)])
+def test_host_memory_is_that_of_the_flag(
+    flags: tuple[str, ...], node: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--host-ram instead of the profile's memory decides what 8 ranks on a node may pin."""
+    seen: list[Case] = []
+
+    def explained(case: Case, plugins: object, *, options: bool, said: Callable[[str], None]) -> Explanation:
+        seen.append(case)
+        return made_up()
+
+    monkeypatch.setattr("cpbench.cli.explain.explain", explained)
+    result = CliRunner().invoke(app, ["explain", *flags, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    (case,) = seen
+    assert case.host_memory_bytes == (node if flags else None)
+    room = (node - round(node * HOST_MARGIN) - 8 * HOST_PROCESS_BYTES) // 8
+    assert _rooms(case)["host_room_bytes"] == room
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--method", "ring,ulysses,upipe", "--seqlen", "1K,2K,3K,4K,5K,6K"), "18 cases"),
         (("nowhere", "upipe"), "neither a folder nor a run"),
         (("run", "case", "--method", "upipe"), "not both"),
+        (("run", "case", "--host-ram", "1T"), "not both"),
+        (("--host-ram", "much"), "much"),
         (("--device", "tpu"), "tpu"),
     ],
 )
