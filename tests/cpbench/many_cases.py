@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from cpbench.case import Case
 from cpbench.model.tiling import TILES
 from cpbench.record import RankReport
+from tests.cpbench.torchrun import run_ranks
 
 _WORKER = Path(__file__).parent / "workers" / "measure_many.py"
 
@@ -31,27 +30,14 @@ def measure(
     file = folder / "cases.json"
     job = {"cases": [case.model_dump(mode="json") for case in cases], "parts_tile": parts_tile}
     file.write_text(json.dumps(job), encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={world_size}",
-    ]
     root = Path(__file__).resolve().parents[2]
-    ended = subprocess.run(
-        [*command, str(_WORKER), str(file), str(folder)],
-        env={
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(root),
-            "PATH": "/usr/bin:/bin",
-            "GLOO_SOCKET_IFNAME": "lo",
-        },
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert ended.returncode == 0, ended.stderr[-6000:]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(root),
+        "PATH": "/usr/bin:/bin",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    run_ranks(_WORKER, [str(file), str(folder)], ranks=world_size, environment=environment, timeout=timeout)
     ranks = [
         [RankReport.model_validate(report) for report in json.loads((folder / f"rank{r}.json").read_text())]
         for r in range(world_size)
