@@ -95,6 +95,7 @@ SURFACE = {
     "verify": {
         "--attention-bias",
         "--batch",
+        "--block-only",
         "--device",
         "--dtype",
         "--full",
