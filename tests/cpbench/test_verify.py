@@ -257,7 +257,7 @@ def test_without_a_gpu_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is launched, and the reason has both numbers; on CPU the same is launched."""
     launches = FakeLaunches((4, 0))
 
-    with pytest.raises(UsageError, match="needs 4 visible GPUs.*allows 0"):
+    with pytest.raises(UsageError, match=r"needs 4 visible GPUs.*allows 0"):
         report_with(launches, monkeypatch, "cuda", 0)
 
     assert launches.jobs == []

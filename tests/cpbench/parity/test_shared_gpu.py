@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cpbench.launch import child_environment
 from cpbench.resolve import resolve
 from cpbench.selection import Selection
 from cpbench.shape import Shape
@@ -97,7 +97,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     folder = tmp_path_factory.mktemp("shared")
     shape = Shape(num_kv_heads=2, head_dim=64, attention_bias=True)
     request = VerifyRequest(
-        methods=("ring", "upipe", *BROKEN), selection=Selection(shapes=(shape,)), plugins=tuple(BROKEN.values())
+        methods=("ring", "upipe", *BROKEN),
+        selection=Selection(shapes=(shape,)),
+        plugins=tuple(BROKEN.values()),
     )
     cases = []
     for item in request.items():
@@ -108,10 +110,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost"]
     command += ["--nproc-per-node", "4", str(WORKER), str(folder / "job.json"), str(folder)]
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
-    ended = subprocess.run(
-        command, env=environment | {"GLOO_SOCKET_IFNAME": "lo"}, capture_output=True, text=True, timeout=280
-    )
+    environment = child_environment(4, single_node=True)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr[-6000:]
     return [json.loads((folder / f"rank{r}.json").read_text(encoding="utf-8")) for r in RANKS]
 
@@ -149,9 +149,7 @@ def test_methods_pass_and_faults_are_found(ranks: list[Any]) -> None:
         kinds = {check.kind for check in found[name].checks}
         assert kinds == {"out", "gradients", "causality", "permutation", "sent", "loss", "grad norm"}
         assert sum(found[name].forward_sent.values()) > 0
-    failed = {
-        name: {check.name for check in found[name].checks if not check.passed} for name in BROKEN
-    }
+    failed = {name: {check.name for check in found[name].checks if not check.passed} for name in BROKEN}
     assert found["broken-ring"].verdict == found["broken-replicas"].verdict == "fail"
     assert failed["broken-ring"] >= {"out", "dx", "causality", "sent (forward)"}
     assert failed["broken-replicas"] >= {"dwk", "dwv", "grad norm (long)"}
