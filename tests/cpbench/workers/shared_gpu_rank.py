@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.distributed import _functional_collectives as functional
 
 from cpbench.case import Case
@@ -40,7 +41,7 @@ class Exchanges:
     def __init__(self, folder: Path) -> None:
         self.rank = dist.get_rank()
         self.world: Any = dist.group.WORLD
-        self.store = dist.FileStore(str(folder / "store"), WORLD)
+        self.store = FileStore(str(folder / "store"), WORLD)
         # Interleaved, so that a rank's place in its group is not its rank.
         pairs = [dist.new_group([0, 2]), dist.new_group([1, 3])]
         self.members = [self.rank % 2, self.rank % 2 + 2]
@@ -176,11 +177,11 @@ class Exchanges:
         return self.store.check(["rank 3 arrives"])
 
     def functional_gather(self) -> Tensor:
-        found = functional.all_gather_tensor(self.mine()[:, None], 1, self.world)
-        return found.contiguous()
+        return functional.all_gather_tensor(self.mine()[:, None], 1, self.world).contiguous()
 
     def functional_permute(self) -> Tensor:
-        return functional.permute_tensor(self.mine(), [1, 2, 3, 0], self.world).contiguous()
+        found: Tensor = functional.permute_tensor(self.mine(), [1, 2, 3, 0], self.world)
+        return found.contiguous()
 
     def functional_sum(self) -> Tensor:
         return functional.all_reduce(self.mine(), "sum", self.pair).contiguous()
