@@ -56,7 +56,7 @@ test: $(INSTALLED) ## Run every test (browser tests need Chromium, gpu tests a C
 fast: $(INSTALLED) ## Run the tests that take no more than seconds
 	$(BIN)/python -m pytest -q -m "not slow and not browser and not gpu" $(ARGS)
 
-gpu: $(INSTALLED) ## Kernels, methods and estimate on one GPU in under 9 minutes (ARGS="--skip rates" and the like)
+gpu: $(INSTALLED) ## Kernels, methods and estimate on one GPU in under 9 minutes (ARGS="--skip verify" and the like)
 	$(BIN)/python -m cpbench.gpu_checks $(ARGS)
 
 lint: $(INSTALLED) ## Check style, formatting and spelling

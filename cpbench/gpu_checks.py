@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpbench import registry
-from cpbench.errors import CpbenchError
+from cpbench.errors import CpbenchError, without_name
 from cpbench.kernel_finding import KernelFinding, KernelFindings
 from cpbench.launch import child_environment
 from cpbench.machine import visible_gpus
@@ -172,7 +172,7 @@ class Checks:
         """Return, by method, the signed error of the estimate of what was measured."""
         estimates = {r.method: r.peak_allocated_bytes for r in self.records("estimated") if r.status == "ok"}
         return {
-            r.method: (estimates[r.method] or 0) / r.peak_allocated_bytes - 1
+            r.method: ((estimates[r.method] or 0) - r.peak_allocated_bytes) / r.peak_allocated_bytes
             for r in self.records("measured")
             if r.status == "ok" and r.peak_allocated_bytes and r.method in estimates
         }
@@ -190,9 +190,8 @@ class Checks:
             return {}
         found: dict[str, list[tuple[str, str]]] = {}
         for method in report.methods:
-            found.setdefault(method.verdict, []).append(
-                (title(method.method, method.given), method.reason or "")
-            )
+            reason = without_name(method.reason or "", method.method)
+            found.setdefault(method.verdict, []).append((title(method.method, method.given), reason))
         return found
 
     def probes(self) -> list[RateProbe]:
@@ -296,7 +295,7 @@ def table(checks: Checks) -> str:
     ]
     lines += ["", "verify, ranks as processes"]
     for verdict, methods in checks.verdicts().items() or [("not run", [])]:
-        lines.append(f"  {verdict}  {', '.join(name for name, _ in methods)}")
+        lines.append(f"  {verdict}  {', '.join(name for name, _ in methods)}".rstrip())
         lines += [f"    {name}: {why}" for name, why in methods if verdict != "pass" and why]
     lines += ["", f"a world of one, measured, {checks.given.model}, {checks.given.layers} layers"]
     errors = checks.measured_errors()

@@ -52,7 +52,8 @@ class SharedGpuGroup(PythonGroup):
     def broadcast(self, tensors: Sequence[Tensor], opts: Options = None) -> Work:
         """Overwrite tensors with the root's."""
         for tensor in tensors:
-            self._count("broadcast", tensor)
+            if opts.rootRank == self._rank:  # the others only receive
+                self._count("broadcast", tensor)
             _put(tensor, self._everyones(tensor)[opts.rootRank])
         return Queued(*tensors)
 

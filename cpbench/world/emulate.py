@@ -104,7 +104,8 @@ class EmulatedGroup(PythonGroup):
     def broadcast(self, tensors: Sequence[Tensor], opts: Options = None) -> Work:
         """Leave the tensors as they are, as if the root had the same."""
         for tensor in tensors:
-            self._count("broadcast", tensor)
+            if opts.rootRank == self._rank:  # the others only receive
+                self._count("broadcast", tensor)
         return Queued(*tensors)
 
     def barrier(self, opts: Options = None) -> Work:

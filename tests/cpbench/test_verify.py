@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from math import gcd
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cpbench import registry
-from cpbench.case import Case
+from cpbench.case import Case, Device
+from cpbench.cli.verify_table import print_report
 from cpbench.errors import UsageError
 from cpbench.expand import ResolvedCase
 from cpbench.launch import Exit, Job
@@ -177,15 +180,22 @@ class FakeLaunches:
         return Exit(code=code, timed_out=False, interrupted=False, duration_seconds=1.0)
 
 
-def verify_with(launches: FakeLaunches, monkeypatch: pytest.MonkeyPatch) -> dict[str, Verification]:
+def report_with(
+    launches: FakeLaunches, monkeypatch: pytest.MonkeyPatch, device: Device = "cpu", gpus: int = 0
+) -> VerifyReport:
     def resolve(cases: Sequence[Case], plugins: Sequence[Path]) -> list[ResolvedCase]:
         return [ResolvedCase(case=case) for case in cases]
 
     monkeypatch.setattr("cpbench.verify.launch", launches)
     monkeypatch.setattr("cpbench.verify.resolve_cases", resolve)
+    monkeypatch.setattr("cpbench.verify.visible_gpus", lambda: (("a GPU",) * gpus, None))
     monkeypatch.setattr("cpbench.verify.explain", lambda *_, **__: Outcome(status="error", reason="it died"))
     selection = Selection(shapes=(A, B))
-    report = verify(VerifyRequest(methods=("ring", "ulysses"), selection=selection))
+    return verify(VerifyRequest(methods=("ring", "ulysses"), selection=selection, device=device))
+
+
+def verify_with(launches: FakeLaunches, monkeypatch: pytest.MonkeyPatch) -> dict[str, Verification]:
+    report = report_with(launches, monkeypatch)
     return {f"{r.method}@{r.shape.seq_len}": r for r in report.results}
 
 
@@ -225,6 +235,43 @@ def test_nothing_is_blamed_alone_when_no_case_began(monkeypatch: pytest.MonkeyPa
     assert len(launches.jobs) == 1
     assert {r.reason for r in found.values()} == {"it died"}
     assert {r.verdict for r in found.values()} == {"error"}
+
+
+@pytest.mark.parametrize(("gpus", "shared"), [(1, True), (3, True), (4, False)])
+def test_fewer_gpus_than_ranks_are_shared(gpus: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks are launched all the same; the report, and the line over the table, say where they ran."""
+    launches = FakeLaunches((4, 0))
+
+    report = report_with(launches, monkeypatch, "cuda", gpus)
+
+    assert len(launches.jobs[0]) == 4
+    assert (report.device, report.shared_gpu, report.passed) == ("cuda", shared, True)
+    console = Console(file=io.StringIO(), width=120)
+    print_report(report, console)
+    heading = console.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]  # the StringIO above
+    assert ("4 ranks on one GPU, exchanging through host memory" in heading) == shared
+    assert heading.endswith("4 ranks on cuda") != shared
+
+
+def test_without_a_gpu_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is launched, and the reason has both numbers; on CPU the same is launched."""
+    launches = FakeLaunches((4, 0))
+
+    with pytest.raises(UsageError, match=r"needs 4 visible GPUs.*allows 0"):
+        report_with(launches, monkeypatch, "cuda", 0)
+
+    assert launches.jobs == []
+    assert not report_with(launches, monkeypatch, "cpu", 0).shared_gpu
+
+
+def test_one_rank_shares_with_no_one() -> None:
+    """A report of `single` alone on a machine with one GPU; with four ranks beside it, it is shared."""
+    alone = Verification(method="single", shape=Shape(world_size=1), verdict="pass")
+    four = Verification(method="ring", shape=Shape(world_size=4), verdict="pass")
+
+    assert not VerifyReport.of("cuda", [alone], gpus=1).shared_gpu
+    assert VerifyReport.of("cuda", [alone, four], gpus=1).shared_gpu
+    assert not VerifyReport.of("cpu", [alone, four], gpus=1).shared_gpu
 
 
 def test_a_check_without_a_number_is_not_passed() -> None:

@@ -89,6 +89,15 @@ def test_a_sum_is_that_of_equal_ranks(world: World) -> None:
         dist.all_reduce(torch.ones(1), dist.ReduceOp.PRODUCT)
 
 
+def test_a_broadcast_is_sent_by_its_root(world: World) -> None:
+    """Its bytes count on rank 2 when it is the root, and nothing counts when it is not; the value stays."""
+    for root, sent in ((2, {"broadcast": 8}), (1, {})):
+        log, value = CollectiveLog(), torch.tensor([3.0, -1.0])
+        with counting(log):
+            dist.broadcast(value, root)
+        assert (log.bytes, value.tolist()) == (sent, [3.0, -1.0])
+
+
 def test_own_bytes_fill_every_slot(world: World) -> None:
     """All-gather repeats this rank's part, in place or not; reduce-scatter takes this rank's slot."""
     whole = torch.full((4, 3), torch.nan)
