@@ -394,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--layers", type=int, default=2, help="at the shortest length and for the throughput")
     parser.add_argument("--method", action="append", default=[], help="repeatable; default: all")
-    parser.add_argument("--length", action="append", default=[], help="repeatable; default: 128K, 512K, 1M")
+    parser.add_argument("--length", action="append", default=[], help="repeatable; default: 128K, 1M")
     parser.add_argument("--compare", nargs=2, default=["upipe", "ulysses"], metavar="METHOD")
     parser.add_argument("--throughput-length", default="256K")
     parser.add_argument("--limit", type=float, default=530.0, help="seconds for everything")
@@ -417,7 +417,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     given.out = given.out.absolute()
-    given.length = given.length or ["128K", "512K", "1M"]
+    given.length = given.length or ["128K", "1M"]
     given.fit_length = given.fit_length or ["174K", "186K"]
     given.out.mkdir(parents=True, exist_ok=True)
     for pattern in _MADE:
