@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cpbench.case import AttentionBackend
+from cpbench.errors import CpbenchError
 from cpbench.hardware import Rates, load_hardware
 from cpbench.rate_probe import RateProbe, RateProbes
 from cpbench.runtime.kernels import Kernels, scratch_of
@@ -33,6 +34,8 @@ from cpbench.units import format_bytes
 _HIDDEN, _FFN, _HEADS, _KV_HEADS, _WIDTH = 4096, 14336, 32, 8, 128
 _BACKENDS: dict[str, tuple[AttentionBackend, ...]] = {"cuda": ("cuda-flash", "cudnn"), "cpu": ("cpu-flash",)}
 _REPEATS = 5
+_LARGEST_SCALE = 64
+"""Beyond it, the shortest probes would have no tokens to speak of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +249,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scale", type=int, default=1, help="divides all sizes, for a try without a GPU")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    rates = load_hardware(given.hardware).rates if given.device == "cuda" else None
+    if not 1 <= given.scale <= _LARGEST_SCALE:
+        parser.error(f"--scale {given.scale} is not a number from 1 to {_LARGEST_SCALE}")
+    if given.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; --device cpu --scale 32 tries the probes without one")
+    try:
+        rates = load_hardware(given.hardware).rates if given.device == "cuda" else None
+    except CpbenchError as error:
+        parser.error(str(error))
     probes: list[RateProbe] = []
     for probe in Prober(torch.device(given.device), rates, given.scale).all():
         probes.append(probe)
