@@ -28,22 +28,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cpbench import registry
-from cpbench.errors import CpbenchError, without_name
-from cpbench.kernel_finding import KernelFinding, KernelFindings
+from cpbench.gpu_findings import RUNS, Findings, table
 from cpbench.launch import child_environment
 from cpbench.machine import visible_gpus
-from cpbench.rate_probe import RateProbe, RateProbes
-from cpbench.record import Record, read_record
 from cpbench.supervise import GRACE_SECONDS
-from cpbench.units import format_bytes, format_error, format_length, format_rate, format_seconds, parse_length
-from cpbench.verification import VerifyReport, title
+from cpbench.units import parse_length
 
-_RUNS = ("measured", "estimated", "fits", "would-fit", "throughput", "sweep-*")
-_MADE = (*_RUNS, "kernels.json", "rates.json", "verify.json", "records.jsonl", "table.txt")
+_MADE = (*RUNS, "kernels.json", "rates.json", "verify.json", "records.jsonl", "table.txt")
 _ALONE = "single"
 """The method of one rank: it does not belong in a sweep over a world."""
-BAR = (-0.01, 0.03)
-"""Signed error of an estimate that is good enough: rather too high, never far too low."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,56 +161,6 @@ class Checks:
                 layers=self.given.layers if position == 0 else 1,
             )
 
-    def measured_errors(self) -> dict[str, float]:
-        """Return, by method, the signed error of the estimate of what was measured."""
-        estimates = {r.method: r.peak_allocated_bytes for r in self.records("estimated") if r.status == "ok"}
-        return {
-            r.method: ((estimates[r.method] or 0) - r.peak_allocated_bytes) / r.peak_allocated_bytes
-            for r in self.records("measured")
-            if r.status == "ok" and r.peak_allocated_bytes and r.method in estimates
-        }
-
-    def fit_answers(self) -> list[tuple[Record, str]]:
-        """Return each record of the fits step with the status that the estimate gives the same case."""
-        stated = {r.seq_len: r.status for r in self.records("would-fit")}
-        return [(r, stated.get(r.seq_len, "-")) for r in self.records("fits")]
-
-    def verdicts(self) -> dict[str, list[tuple[str, str]]]:
-        """Return, by verdict, the methods that `cpbench verify` found so, with the reason."""
-        try:
-            report = VerifyReport.model_validate_json((self.given.out / "verify.json").read_bytes())
-        except (OSError, ValueError):
-            return {}
-        found: dict[str, list[tuple[str, str]]] = {}
-        for method in report.methods:
-            reason = without_name(method.reason or "", method.method)
-            found.setdefault(method.verdict, []).append((title(method.method, method.given), reason))
-        return found
-
-    def probes(self) -> list[RateProbe]:
-        """Return what the rates step has measured."""
-        try:
-            return RateProbes.validate_json((self.given.out / "rates.json").read_bytes())
-        except (OSError, ValueError):
-            return []
-
-    def findings(self) -> list[KernelFinding]:
-        """Return what the kernels step has found."""
-        try:
-            return KernelFindings.validate_json((self.given.out / "kernels.json").read_bytes())
-        except (OSError, ValueError):
-            return []
-
-    def records(self, name: str) -> list[Record]:
-        """Return the records of the runs of a name, which may be a pattern."""
-        found = []
-        for path in sorted(self.given.out.glob(f"{name}/cases/*.json")):
-            try:
-                found.append(read_record(path))
-            except CpbenchError as error:
-                self._say(str(error))
-        return sorted(found, key=lambda r: (r.seq_len, r.method))
-
     def _sweep(self, sweep: Sweep, limit: float) -> int | None:
         given, mode = self.given, sweep.mode
         world = 1 if self._alone(sweep) else given.world
@@ -278,86 +221,6 @@ class Checks:
     def _say(self, words: str) -> None:
         sys.stdout.write(f"{words}\n")
         sys.stdout.flush()
-
-
-def table(checks: Checks) -> str:
-    """Return the short table of everything found."""
-    lines = ["", "kernels"]
-    findings = checks.findings()
-    for kernel in dict.fromkeys(finding.kernel for finding in findings):
-        bad = [f"{f.shape}: {f.worst}" for f in findings if f.kernel == kernel and not f.passed]
-        lines += [f"  {kernel}  {'FAIL' if bad else 'pass'}", *(f"    {words}" for words in bad)]
-    lines += [] if findings else ["  not run"]
-    lines += [
-        "",
-        "rates",
-        *(f"  {line}" for line in [p.line for p in checks.probes()] or ["not run"]),
-    ]
-    lines += ["", "verify, ranks as processes"]
-    for verdict, methods in checks.verdicts().items() or [("not run", [])]:
-        lines.append(f"  {verdict}  {', '.join(name for name, _ in methods)}".rstrip())
-        lines += [f"    {name}: {why}" for name, why in methods if verdict != "pass" and why]
-    lines += ["", f"a world of one, measured, {checks.given.model}, {checks.given.layers} layers"]
-    errors = checks.measured_errors()
-    for r in checks.records("measured") or []:
-        error = errors.get(r.method)
-        mark = "" if _within(error) else " !"
-        peak, took = format_bytes(r.peak_allocated_bytes), format_seconds(r.step_seconds)
-        lines.append(
-            f"  {r.method}  {format_length(r.seq_len)}  {r.status}  {peak}  {format_error(error)}{mark}  {took}"
-        )
-    lines += [] if checks.records("measured") else ["  not run"]
-    lines += ["", "what fits: ran, and estimated"]
-    for r, stated in checks.fit_answers():
-        peak = format_bytes(r.peak_allocated_bytes)
-        lines.append(f"  {r.method}  {format_length(r.seq_len)}  {r.status}  {stated}  {peak}")
-    lines += [] if checks.fit_answers() else ["  not run"]
-    lines += ["", f"one rank of {checks.given.world}, emulated, {checks.given.model}"]
-    head = ("method", "length", "layers", "status", "peak", "estimate", "error", "compute")
-    rows = [_row(record) for record in checks.records("sweep-*")]
-    lines += _columns([head, *rows]) if rows else ["  not run"]
-    lines += ["", "throughput, compute only (modelled communication is not in it)"]
-    timed = [r for r in checks.records("throughput") if r.compute_seconds is not None]
-    rates = {r.method: r.seq_len * r.batch_size / r.world_size / (r.compute_seconds or 1.0) for r in timed}
-    lines += [
-        f"  {r.method}  {format_length(r.seq_len)}  {r.architecture.num_layers} layers  "
-        f"{format_seconds(r.compute_seconds)}  {format_rate(rates[r.method])} tokens/s"
-        for r in timed
-    ] or ["  not run"]
-    first, second = checks.given.compare
-    if first in rates and second in rates:
-        lines.append(f"  {first} / {second} = {rates[first] / rates[second]:.3f}")
-    lines += ["", "took " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in checks.took.items())]
-    return "\n".join(lines) + "\n"
-
-
-def outside(record: Record) -> bool:
-    """Return whether the estimate of a record's peak is further off than it may be."""
-    return not _within(record.estimate_error)
-
-
-def _within(error: float | None) -> bool:
-    return error is None or BAR[0] <= error <= BAR[1]
-
-
-def _row(record: Record) -> tuple[str, ...]:
-    mark = " !" if outside(record) else ""
-    of = f"/{record.model_layers}" if record.model_layers else ""
-    return (
-        record.method,
-        format_length(record.seq_len),
-        f"{record.architecture.num_layers}{of}",
-        record.status,
-        format_bytes(record.peak_allocated_bytes),
-        format_bytes(record.estimated_peak_bytes),
-        f"{format_error(record.estimate_error)}{mark}",
-        format_seconds(record.compute_seconds),
-    )
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 _STEPS: dict[str, Callable[[Checks], None]] = {
@@ -429,12 +292,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             began = time.monotonic()
             step(checks)
             checks.took[name] = time.monotonic() - began
-    records = [r for name in _RUNS for r in checks.records(name)]
-    checks.failed |= any(map(outside, records)) or any(
-        not _within(e) for e in checks.measured_errors().values()
-    )
-    checks.failed |= any(r.status == "oom_device" and stated == "ok" for r, stated in checks.fit_answers())
-    text = table(checks)
+    found = Findings(given.out)
+    checks.failed |= found.failed
+    records = [record for name in RUNS for record in found.records(name)]
+    text = table(found, given, checks.took)
     (given.out / "table.txt").write_text(text, encoding="utf-8")
     lines = [record.model_dump_json() + "\n" for record in records]
     (given.out / "records.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -24,8 +24,8 @@ NOUNS = """
     durations plain_words rate_probe kernel_finding
 """
 ORCHESTRATOR = """
-    __main__ cli.* report.* bracket disk doctor estimate_pool estimates expand explain folders gpu_checks interrupt
-    launch mode outcome plan planned_run progress provenance published recommendation run_folder slurm summary
+    __main__ cli.* report.* bracket disk doctor estimate_pool estimates expand explain folders gpu_checks gpu_findings
+    interrupt launch mode outcome plan planned_run progress provenance published recommendation run_folder slurm summary
     supervise sweep text_table verify
 """
 MEASURED = """

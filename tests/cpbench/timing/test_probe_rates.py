@@ -90,3 +90,22 @@ def test_a_line_says_what_is_known(changes: dict[str, float], line: str) -> None
     """What is not known leaves no gap; what is zero is said."""
     probe = RateProbe.model_validate({"name": "matmul", "shape": "2 x 2", "seconds": 0.002} | changes)
     assert probe.line == line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cpu", "--scale", "0"], "--scale 0 is not a number from 1 to 64"),
+        (["--device", "cpu", "--scale", "65"], "--scale 65 is not a number from 1 to 64"),
+        (["--device", "cuda"], "there is no CUDA device"),
+    ],
+)
+def test_what_cannot_be_probed_is_refused_in_words(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and one sentence; nothing runs."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
